@@ -1,0 +1,205 @@
+"""Configuration: pydantic models, YAML in, YAML out. An unknown key is an error that names the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from synthseg.errors import ConfigError
+from synthseg.paths import data_dir
+
+Range = tuple[float, float]
+Triple = tuple[int, int, int]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _ranges_are_ordered(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, float) for v in value) and value[0] > value[1]:
+            raise ValueError(f"a range is (low, high), got {value}")
+        return value
+
+
+class DeformConfig(Section):
+    """Affine and diffeomorphic deformation. Ranges follow SynthSeg (Billot 2023), SIAM (2026)."""
+
+    rotation_deg: float = Field(20.0, ge=0, le=180, description="rotation about each axis is U[-r, r] degrees")
+    scaling: float = Field(0.15, ge=0, lt=1, description="scale of each axis is U[1-s, 1+s]")
+    shear: float = Field(0.02, ge=0, lt=1)
+    translation_mm: float = Field(15.0, ge=0, description="shift of the field of view against the brain centre")
+    svf_std_mm: float = Field(4.0, ge=0, description="standard deviation of the velocity field is U[0, this]")
+    svf_spacing_mm: Range = Field((20.0, 60.0), description="spacing of the control points of the velocity field")
+    flip_probability: float = Field(0.5, ge=0, le=1, description="left/right flip, with the labels swapped")
+
+
+class ContrastConfig(Section):
+    """Intensity of each label: a Gaussian whose mean and spread are drawn per image."""
+
+    random_weight: float = Field(0.5, ge=0, description="weight of fully random means against the named contrasts")
+    named_weights: dict[str, float] = Field(
+        default_factory=lambda: {"t1": 0.2, "t2": 0.1, "flair": 0.08, "pd": 0.04, "ct": 0.08}
+    )
+    mean: Range = Field((0.0, 1.0), description="means of the fully random contrasts")
+    std: Range = Field((0.0, 0.06), description="standard deviation inside a label")
+    texture_std: Range = Field((0.0, 0.08), description="amplitude of a smooth texture inside a label")
+    soft_texture_std: Range = Field((0.0, 0.3), description="the same for soft tissue, where fat and muscle share a label")
+    texture_spacing_mm: Range = (6.0, 30.0)
+    tie_probability: float = Field(0.35, ge=0, le=1, description="chance that a tissue takes the mean of its look-alike")
+    air_is_zero_probability: float = Field(0.5, ge=0, le=1)
+
+
+class ArtefactConfig(Section):
+    """What the scanner and the storage do to an image."""
+
+    bias_std: Range = Field((0.0, 0.5), description="std of the log bias field on its coarse grid")
+    bias_spacing_mm: Range = (40.0, 120.0)
+    gamma_std: float = Field(0.3, ge=0, description="log gamma is N(0, this)")
+    noise_std: Range = Field((0.0, 0.05), description="Rician noise, relative to the largest mean")
+    noise_probability: float = Field(0.8, ge=0, le=1)
+    lowres_probability: float = Field(0.5, ge=0, le=1)
+    lowres_isotropic_probability: float = Field(0.3, ge=0, le=1)
+    lowres_spacing_mm: float = Field(8.0, gt=0, description="slice spacing is U[voxel size, this]")
+    lowres_isotropic_mm: float = Field(4.0, gt=0)
+    crop_probability: float = Field(0.25, ge=0, le=1, description="chance that the field of view loses a part")
+    crop_fraction: float = Field(0.35, ge=0, lt=1, description="at most this part of an axis is lost on one side")
+    strip_probability: float = Field(0.3, ge=0, le=1, description="chance of a skull-stripped image")
+
+
+class GeneratorConfig(Section):
+    """One synthetic image: grid, deformation, contrast, artefacts."""
+
+    voxel_size_mm: float = Field(2.0, gt=0)
+    shape: Triple = Field((80, 96, 80), description="voxels of the rendered patch, RAS+")
+    subsamples: Literal[1, 2, 4, 8] = Field(8, description="points per voxel that are averaged (partial volume)")
+    deform: DeformConfig = DeformConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    artefacts: ArtefactConfig = ArtefactConfig()
+
+
+class NetworkConfig(Section):
+    """A MONAI network between a space-to-depth stem and a subpixel head.
+
+    With ``subpixel`` 2 the body works at twice the voxel size of input and output (Shi et al., CVPR 2016).
+    """
+
+    architecture: Literal["dynunet", "segresnet", "unet"] = "dynunet"
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    residual: bool = False
+    norm: Literal["instance", "group", "batch"] = "instance"
+    subpixel: Literal[1, 2] = 2
+
+    @property
+    def multiple(self) -> int:
+        """Each side of the input must be divisible by this."""
+        return int(self.subpixel * 2 ** (len(self.channels) - 1))
+
+
+class OptimiserConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(3e-3, gt=0)
+    muon_learning_rate: float = Field(0.02, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    gradient_clip: float = Field(5.0, gt=0)
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class TrainConfig(Section):
+    """A training recipe."""
+
+    name: str = "model"
+    scheme: str = Field("siam16", description="classes of the network")
+    templates: tuple[str, ...] = Field(("phantom",), description="names that ship, or folders of imported templates")
+    validation_templates: tuple[str, ...] = Field((), description="never trained on")
+    seed: int = 0
+    steps: int = Field(10_000, gt=0)
+    batch_size: int = Field(1, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    validation_contrasts: tuple[str, ...] = ("t1", "t2", "flair", "ct", "random")
+    checkpoint_every_s: float = Field(180.0, gt=0)
+    workers: int = Field(0, ge=0, description="generator processes; 0 renders in the training process")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    dice_weight: float = Field(1.0, ge=0)
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    init: str | None = Field(None, description="weights to start from; layers that do not fit start anew")
+    generator: GeneratorConfig = GeneratorConfig()
+    network: NetworkConfig = NetworkConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def parse(model: type[S], record: Mapping[str, Any], where: str) -> S:
+    """Validate a record. Raises ConfigError with every problem on one line, and the nearest key for an unknown one."""
+    try:
+        return model.model_validate(record)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                known = _known_keys(model, item["loc"][:-1])
+                near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+                problems.append(f"unknown key '{key}', {hint}")
+            else:
+                problems.append(f"{key}: {item['msg']} (got {item['input']!r})")
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def set_by_path(record: dict[str, Any], assignment: str) -> None:
+    """Apply one ``key.sub=value`` of the command line to a record; the value is YAML."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {assignment}: expected key=value, for example --set generator.voxel_size_mm=2")
+    node = record
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {assignment}: '{part}' is not a section")
+    node[last] = yaml.safe_load(text)
+
+
+def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file (or the name of one that ships in ``pipelines/``) and apply ``key=value`` overrides."""
+    file = Path(path)
+    if not file.is_file() and file.suffix == "":
+        shipped = data_dir("pipelines") / f"{path}.yaml"
+        file = shipped if shipped.is_file() else file
+    try:
+        record = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a YAML file or the name of a recipe") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(record, dict | None):
+        raise ConfigError(f"{file}: expected keys and values, got {type(record).__name__}")
+    record = record or {}
+    for assignment in overrides:
+        set_by_path(record, assignment)
+    return parse(model, record, str(file))
+
+
+def to_yaml(config: Section) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

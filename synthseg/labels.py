@@ -1,0 +1,199 @@
+"""Label tables: what the numbers in a label map mean, and how the tables relate.
+
+A scheme is a JSON file in ``synthseg/schemes``. Its labels carry FreeSurfer or CHARM ids, names, colours, the tissue
+(which decides contrast), the left/right partner, how many connected components the structure has, and the
+classes of other schemes that they stand for. A label that stands for several classes of another scheme is one that
+"cannot tell these apart": losses then sum the probabilities of those classes (marginal supervision).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthseg.errors import LabelError
+from synthseg.paths import data_dir
+
+
+@dataclass(frozen=True)
+class Label:
+    """One structure of a scheme.
+
+    Attributes
+    ----------
+    id : the number in the label map (FreeSurfer, CHARM or the scheme's own).
+    tissue : intensity class; labels of one tissue share their mean in realistic contrasts.
+    partner : id of the same structure on the other side, or None.
+    components : connected components that the structure has in a healthy head (0: any number).
+    to : scheme name -> ids of that scheme that this label stands for (several: it cannot tell them apart).
+    """
+
+    id: int
+    name: str
+    color: tuple[int, int, int] = (128, 128, 128)
+    tissue: str = "soft"
+    partner: int | None = None
+    components: int = 0
+    to: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """An ordered set of labels. The position of a label is its *index*, used inside networks and the generator."""
+
+    name: str
+    labels: tuple[Label, ...]
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        ids = [label.id for label in self.labels]
+        if len(set(ids)) != len(ids):
+            twice = sorted({i for i in ids if ids.count(i) > 1})
+            raise LabelError(f"scheme '{self.name}' defines the ids {twice} more than once; give each label its own id")
+        if not ids or ids[0] != 0:
+            raise LabelError(f"scheme '{self.name}' must begin with label 0 (background)")
+        for label in self.labels:
+            if label.partner is not None and (
+                label.partner not in ids or self[label.partner].partner != label.id
+            ):
+                raise LabelError(
+                    f"scheme '{self.name}': {label.name} ({label.id}) names {label.partner} as its left/right "
+                    "partner, which does not name it in return"
+                )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, label_id: int) -> Label:
+        for label in self.labels:
+            if label.id == label_id:
+                return label
+        raise LabelError(f"scheme '{self.name}' has no label {label_id}; it has {[x.id for x in self.labels]}")
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids in table order, int32, shape (n_labels,)."""
+        return np.array([label.id for label in self.labels], dtype=np.int32)
+
+    @cached_property
+    def index_of(self) -> dict[int, int]:
+        return {int(label_id): index for index, label_id in enumerate(self.ids)}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [label.name for label in self.labels]
+
+    @cached_property
+    def colors(self) -> np.ndarray:
+        """RGB, uint8, shape (n_labels, 3)."""
+        return np.array([label.color for label in self.labels], dtype=np.uint8)
+
+    @cached_property
+    def flip(self) -> np.ndarray:
+        """Index of the left/right partner of each index (itself where there is none), int64, shape (n_labels,)."""
+        return np.array(
+            [self.index_of[x.id if x.partner is None else x.partner] for x in self.labels], dtype=np.int64
+        )
+
+    def to_index(self, label_map: np.ndarray, where: str = "label map") -> np.ndarray:
+        """Ids to indices, uint8, same shape. Raises LabelError on an id that the scheme does not have."""
+        present = np.unique(label_map)
+        unknown = sorted(set(present.tolist()) - set(self.index_of))
+        if unknown:
+            raise LabelError(
+                f"{where}: ids {unknown[:10]} are not in scheme '{self.name}'; "
+                "choose the scheme that the map was made with, or add them to the scheme"
+            )
+        lut = np.zeros(int(present.max()) + 1, dtype=np.uint8)
+        for label_id in present.tolist():
+            lut[label_id] = self.index_of[label_id]
+        return lut[label_map]
+
+    def groups(self, target: LabelTable) -> np.ndarray:
+        """Which classes of ``target`` each label stands for, bool, shape (n_labels, n_target).
+
+        A row with one True is an exact relation; several mean that this scheme cannot tell them apart.
+        """
+        out = np.zeros((len(self), len(target)), dtype=bool)
+        if target.name == self.name:
+            np.fill_diagonal(out, True)
+            return out
+        for index, label in enumerate(self.labels):
+            if target.name not in label.to:
+                raise LabelError(
+                    f"scheme '{self.name}' does not say what {label.name} ({label.id}) is in '{target.name}'; "
+                    f"add it under 'to' in the scheme file, or train with target scheme '{self.name}'"
+                )
+            for label_id in label.to[target.name]:
+                out[index, target.index_of[label_id]] = True
+        return out
+
+    def mapping(self, target: LabelTable) -> np.ndarray:
+        """Index of the one class of ``target`` for each label, int64, shape (n_labels,).
+
+        Raises LabelError where a label stands for several classes.
+        """
+        groups = self.groups(target)
+        vague = [self.labels[i].name for i in np.flatnonzero(groups.sum(1) != 1)]
+        if vague:
+            raise LabelError(
+                f"scheme '{self.name}' cannot tell apart the classes of '{target.name}' inside {vague}; "
+                "use marginal supervision (groups) instead of a one-to-one mapping"
+            )
+        return groups.argmax(1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "labels": [
+                {
+                    "id": x.id,
+                    "name": x.name,
+                    "color": list(x.color),
+                    "tissue": x.tissue,
+                    "partner": x.partner,
+                    "components": x.components,
+                    "to": {scheme: list(ids) for scheme, ids in x.to.items()},
+                }
+                for x in self.labels
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LabelTable:
+        labels = []
+        for entry in record["labels"]:
+            fields = dict(entry)
+            fields["color"] = tuple(fields.get("color", (128, 128, 128)))
+            fields["to"] = {scheme: tuple(ids) for scheme, ids in fields.get("to", {}).items()}
+            labels.append(Label(**fields))
+        return cls(record["name"], tuple(labels), record.get("description", ""))
+
+
+def available_schemes() -> list[str]:
+    """Names of the schemes that ship."""
+    return sorted(path.stem for path in data_dir("schemes").glob("*.json"))
+
+
+def load_scheme(name: str | Path) -> LabelTable:
+    """A scheme by name (``siam16``, ``head``, ``brainweb``) or from a JSON file. Raises LabelError if there is none."""
+    path = Path(name)
+    if path.suffix != ".json":
+        path = data_dir("schemes") / f"{name}.json"
+        if not path.is_file():
+            known = available_schemes()
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known schemes: {', '.join(known)}"
+            raise LabelError(f"there is no label scheme '{name}'; {hint}")
+    try:
+        return LabelTable.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabelError(f"{path}: not a label scheme ({error}); see schemes/siam16.json for the format") from error

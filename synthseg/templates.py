@@ -1,0 +1,259 @@
+"""Templates: folders of validated whole-head label maps.
+
+A template is ``<name>/labels.nii.gz`` (integers, RAS+), ``labels.json`` (scheme, origin, derived labels) and
+``SOURCE.md``. ``import_templates`` brings public label maps into this form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+
+from synthseg.errors import LabelError, TemplateError
+from synthseg.labels import LabelTable, load_scheme
+from synthseg.paths import data_dir
+
+DURA_ID, CSF_ID, BONE_IDS = 540, 24, (515, 516)
+DURA_THICKNESS_MM = 1.2
+
+
+@dataclass(frozen=True)
+class Template:
+    """A label map ready to be rendered.
+
+    Attributes
+    ----------
+    labels : uint8 indices into ``table``, shape (D, H, W), RAS+, with a border of one background voxel.
+    spacing_mm : voxel size.
+    center : voxel coordinates (with the border) of the middle of the brain's bounding box.
+    """
+
+    name: str
+    labels: torch.Tensor
+    table: LabelTable
+    spacing_mm: tuple[float, float, float]
+    center: tuple[float, float, float]
+    derived: dict[str, str]
+
+
+def read_label_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Integer label map, shape (D, H, W), in RAS+ order and its affine. float32 storage of integers is fine."""
+    try:
+        image = nib.as_closest_canonical(nib.load(path))
+        data = np.asanyarray(image.dataobj)
+    except FileNotFoundError:
+        raise TemplateError(f"{path}: no such file") from None
+    except Exception as error:
+        raise TemplateError(f"{path}: not a readable NIfTI label map ({' '.join(str(error).split())})") from None
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise TemplateError(f"{path}: expected a 3-D label map, got shape {data.shape}")
+    if not np.issubdtype(data.dtype, np.integer):
+        if not np.isfinite(data).all():
+            raise TemplateError(f"{path}: holds NaN or infinite values; a label map holds integers")
+        rounded = np.rint(data)
+        off = float(np.abs(data - rounded).max())
+        if off > 1e-3:
+            raise TemplateError(
+                f"{path}: holds non-integer values (off by up to {off:.3g}); it may be an image, or have been "
+                "resampled with interpolation: use nearest-neighbour"
+            )
+        data = rounded.astype(np.int32)
+    if data.min() < 0:
+        raise TemplateError(f"{path}: holds negative ids (down to {data.min()})")
+    if not data.any():
+        raise TemplateError(f"{path}: is empty (all background)")
+    return data, image.affine
+
+
+def label_map_files(folder: Path) -> list[Path]:
+    """The label maps of a folder: ``*.nii.gz``/``*.nii`` in it, or ``*/labels.nii.gz`` of imported templates."""
+    if not folder.is_dir():
+        raise TemplateError(f"{folder}: no such folder; give a folder of NIfTI label maps")
+    files = sorted([*folder.glob("*.nii.gz"), *folder.glob("*.nii")]) or sorted(folder.glob("*/labels.nii.gz"))
+    if not files:
+        raise TemplateError(f"{folder}: holds no label maps (*.nii, *.nii.gz or */labels.nii.gz)")
+    return files
+
+
+def _folder_scheme(file: Path) -> str | None:
+    side = file.parent / "labels.json"
+    if file.name == "labels.nii.gz" and side.is_file():
+        return str(json.loads(side.read_text()).get("scheme"))
+    return None
+
+
+def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], list[str]]:
+    """What is wrong with a folder of label maps: (problems, notes), each one line that names the file."""
+    problems: list[str] = []
+    notes: list[str] = []
+    geometry: dict[Path, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+    for file in label_map_files(folder):
+        try:
+            data, affine = read_label_map(file)
+        except TemplateError as error:
+            problems.append(str(error))
+            continue
+        name = scheme or _folder_scheme(file)
+        if name is None:
+            problems.append(f"{file}: its scheme is not known; name it with --scheme head|brainweb|siam16|FILE.json")
+            continue
+        try:
+            load_scheme(name).to_index(data, str(file))
+        except LabelError as error:
+            problems.append(str(error))
+        if nib.load(file).get_data_dtype().kind == "f":
+            notes.append(f"{file}: integers stored as {nib.load(file).get_data_dtype()} (fine)")
+        spacing = tuple(float(x) for x in np.round(nib.affines.voxel_sizes(affine), 3))
+        geometry[file] = (data.shape, spacing)
+        companion = next((p for p in (file.with_name("image.nii.gz"),) if p.is_file()), None)
+        if companion is not None:
+            image = nib.as_closest_canonical(nib.load(companion))
+            if image.shape[:3] != data.shape or not np.allclose(image.affine, affine, atol=1e-3):
+                problems.append(f"{companion}: shape or affine differs from {file.name}; both must be on one grid")
+        islands = _speckle(data > 0)
+        if islands:
+            notes.append(f"{file}: {islands} voxels lie apart from the head; 'templates import' removes them")
+    spacings = {g[1] for g in geometry.values()}
+    if len(spacings) > 1 and _folder_scheme(next(iter(geometry))) is None:
+        for file, (shape, spacing) in geometry.items():
+            problems.append(f"{file}: shape {shape}, voxels {spacing} mm: maps of one folder must share their voxel size")
+    return problems, notes
+
+
+def _speckle(head: np.ndarray) -> int:
+    components, count = ndimage.label(head)
+    if count < 2:
+        return 0
+    sizes = np.bincount(components.ravel())[1:]
+    return int(sizes.sum() - sizes.max())
+
+
+def keep_head(data: np.ndarray) -> np.ndarray:
+    """Remove what lies apart from the largest connected component of the head."""
+    components, count = ndimage.label(data > 0)
+    if count < 2:
+        return data
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    return np.where(components == sizes.argmax(), data, 0)
+
+
+def add_dura(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Derive dura as the CSF within ``DURA_THICKNESS_MM`` of bone: a thin layer under the inner table of the skull."""
+    distance = ndimage.distance_transform_edt(~np.isin(data, BONE_IDS), sampling=spacing_mm)
+    return np.where((data == CSF_ID) & (distance <= DURA_THICKNESS_MM), DURA_ID, data)
+
+
+def _crop_to_head(data: np.ndarray, affine: np.ndarray, margin: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    box = ndimage.find_objects((data > 0).astype(np.uint8))[0]
+    start = [max(s.start - margin, 0) for s in box]
+    stop = [min(s.stop + margin, n) for s, n in zip(box, data.shape, strict=True)]
+    moved = affine.copy()
+    moved[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
+    return data[start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]], moved
+
+
+def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Path:
+    """Bring one label map into the project's format; returns the new template's folder. Written whole or not at all."""
+    table = load_scheme(scheme)
+    data, affine = read_label_map(file)
+    table.to_index(data, str(file))
+    data = keep_head(data)
+    derived: dict[str, str] = {}
+    if DURA_ID in table.index_of and not (data == DURA_ID).any():
+        data = add_dura(data, nib.affines.voxel_sizes(affine))
+        derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
+    data, affine = _crop_to_head(data, affine)
+    name = file.name.removesuffix(".gz").removesuffix(".nii")
+    if name == "labels":
+        name = file.parent.name
+    target = out / name
+    if target.exists():
+        raise TemplateError(f"{target}: exists already; remove it or choose another output folder")
+    out.mkdir(parents=True, exist_ok=True)
+    present = np.unique(data)
+    record: dict[str, Any] = {
+        "name": name,
+        "scheme": scheme,
+        "derived": derived,
+        "source": source or str(file.name),
+        "labels": {str(i): table[int(i)].name for i in present},
+    }
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as draft:
+        folder = Path(draft) / name
+        folder.mkdir()
+        dtype = np.uint8 if present.max() < 256 else np.uint16
+        image = nib.Nifti1Image(data.astype(dtype), affine)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, folder / "labels.nii.gz")
+        (folder / "labels.json").write_text(json.dumps(record, indent=2) + "\n")
+        lines = [f"# {name}", "", f"Imported from `{file.name}` with scheme `{scheme}`."]
+        lines += [f"Derived, not drawn: {table[int(i)].name} = {how}." for i, how in derived.items()]
+        (folder / "SOURCE.md").write_text("\n".join(lines) + "\n")
+        os.replace(folder, target)
+    return target
+
+
+def import_templates(source: Path, scheme: str, out: Path) -> list[Path]:
+    """Import a label map or every one of a folder. All are checked before the first is written."""
+    files = [source] if source.is_file() else label_map_files(source)
+    for file in files:
+        data, _ = read_label_map(file)
+        load_scheme(scheme).to_index(data, str(file))
+    return [import_template(file, scheme, out) for file in files]
+
+
+def find_template(name: str | Path) -> Path:
+    """The folder of a template: a path, or the name of one that ships."""
+    for folder in (Path(name), data_dir("templates") / str(name)):
+        if (folder / "labels.nii.gz").is_file():
+            return folder
+    raise TemplateError(
+        f"{name}: not a template (a folder with labels.nii.gz and labels.json); shipped: {', '.join(shipped_templates())}. "
+        "Make one with 'synthseg templates import'"
+    )
+
+
+def shipped_templates() -> list[str]:
+    return sorted(p.parent.name for p in data_dir("templates").glob("*/labels.nii.gz"))
+
+
+def expand(names: Iterable[str]) -> list[Path]:
+    """Template folders of a list of names, template folders and folders of templates."""
+    folders: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(p.parent for p in path.glob("*/labels.nii.gz")) if path.is_dir() else []
+        folders += inside or [find_template(name)]
+    return folders
+
+
+def load_template(folder: str | Path) -> Template:
+    """Load a template by folder or shipped name. Raises TemplateError or LabelError naming the file."""
+    path = find_template(folder)
+    try:
+        record = json.loads((path / "labels.json").read_text())
+        scheme = record["scheme"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TemplateError(f"{path / 'labels.json'}: cannot be read ({error}); import the template anew") from None
+    table = load_scheme(path / scheme if str(scheme).endswith(".json") else scheme)
+    data, affine = read_label_map(path / "labels.nii.gz")
+    index = np.pad(table.to_index(data, str(path / "labels.nii.gz")), 1)
+    brain_tissues = {"wm", "gm", "ventricle", "cerebellar_gm"}
+    brain = np.isin(index, [i for i, x in enumerate(table.labels) if x.tissue in brain_tissues])
+    box = ndimage.find_objects((brain if brain.any() else index > 0).astype(np.uint8))[0]
+    center = tuple((s.start + s.stop - 1) / 2 for s in box)
+    spacing = tuple(float(s) for s in nib.affines.voxel_sizes(affine))
+    return Template(path.name, torch.from_numpy(np.ascontiguousarray(index)), table, spacing, center, record.get("derived", {}))  # type: ignore[arg-type]
