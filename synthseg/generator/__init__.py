@@ -1,0 +1,1 @@
+"""The generator: label templates in, randomised images and targets out. Read plan.py, then synthesis.py."""

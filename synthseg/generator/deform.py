@@ -1,0 +1,90 @@
+"""Affine and diffeomorphic deformation, composed into one field of template coordinates.
+
+The velocity field is integrated by scaling and squaring on a coarse lattice (Arsigny et al., MICCAI 2006), the affine
+map is applied on the same lattice, and the result is interpolated once to the output grid: a trilinear upsampling
+reproduces the affine part exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from synthseg.generator.plan import DeformPlan
+
+LATTICE_MM = 8.0
+SQUARINGS = 5
+
+
+def resize(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Trilinear resize of (B, C, D, H, W) with corner points kept in place."""
+    return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True)
+
+
+def exponential(velocity: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
+    """Displacement of the flow of a stationary velocity field; both (B, 3, D, H, W) in mm, axis order (D, H, W)."""
+    shape = velocity.shape[2:]
+    axes = [torch.linspace(-1, 1, n, device=velocity.device, dtype=velocity.dtype) for n in shape]
+    identity = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)[None]
+    unit = torch.tensor(
+        [2.0 / (spacing[a] * (shape[a] - 1)) for a in (2, 1, 0)], device=velocity.device, dtype=velocity.dtype
+    )
+    moved = velocity / 2**SQUARINGS
+    for _ in range(SQUARINGS):
+        grid = identity + moved.flip(1).permute(0, 2, 3, 4, 1) * unit
+        moved = moved + F.grid_sample(moved, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return moved
+
+
+def coordinates(
+    plan: DeformPlan,
+    shape: Sequence[int],
+    voxel_size_mm: float,
+    center: Sequence[float],
+    spacing_mm: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Template voxel coordinates of every output voxel centre, float32, shape (3, D, H, W)."""
+    extent = [(n - 1) * voxel_size_mm for n in shape]
+    lattice = [max(2, min(n, math.ceil(e / LATTICE_MM) + 1)) for n, e in zip(shape, extent, strict=True)]
+    axes = [torch.linspace(-e / 2, e / 2, n, device=device) for n, e in zip(lattice, extent, strict=True)]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    if plan.velocity_mm is not None:
+        velocity = resize(plan.velocity_mm.tensor(device)[None], lattice)
+        steps = [max(e, voxel_size_mm) / (n - 1) for n, e in zip(lattice, extent, strict=True)]
+        position = position + exponential(velocity, steps)[0]
+    matrix = torch.tensor(plan.matrix, dtype=torch.float32, device=device)
+    shift = torch.tensor(plan.shift_mm, dtype=torch.float32, device=device)
+    scale = 1.0 / torch.tensor(spacing_mm, dtype=torch.float32, device=device)
+    moved = torch.einsum("ij,jdhw->idhw", matrix, position) + shift[:, None, None, None]
+    if plan.flip:
+        moved = moved * torch.tensor([-1.0, 1.0, 1.0], device=device)[:, None, None, None]
+    voxels = moved * scale[:, None, None, None] + torch.tensor(center, dtype=torch.float32, device=device)[:, None, None, None]
+    return resize(voxels[None], shape)[0]
+
+
+def subsample_offsets(count: int) -> torch.Tensor:
+    """Points inside a voxel, in output voxels from its centre, float32, shape (count, 3)."""
+    quarter = 0.25
+    corners = [(x, y, z) for x in (-quarter, quarter) for y in (-quarter, quarter) for z in (-quarter, quarter)]
+    chosen = {
+        1: [(0.0, 0.0, 0.0)],
+        2: [corners[0], corners[7]],
+        4: [corners[i] for i in (0, 3, 5, 6)],
+        8: corners,
+    }[count]
+    return torch.tensor(chosen, dtype=torch.float32)
+
+
+def read_labels(labels: torch.Tensor, coords: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Nearest label at ``coords + offset`` (template voxels), uint8, shape (D, H, W); background outside."""
+    index = torch.zeros(coords.shape[1:], dtype=torch.int32, device=coords.device)
+    stride = 1
+    for axis in (2, 1, 0):
+        size = labels.shape[axis]
+        index += (coords[axis] + float(offset[axis] + 0.5)).clamp_(0, size - 1).to(torch.int32) * stride
+        stride *= size
+    return torch.index_select(labels.view(-1), 0, index.view(-1)).view(index.shape)

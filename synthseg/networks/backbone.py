@@ -1,0 +1,106 @@
+"""The segmentation network: a MONAI body between a space-to-depth stem and a subpixel head.
+
+With ``subpixel`` 2, eight input voxels become eight channels, the body works at twice the voxel size and the head
+predicts the classes of all eight voxels (sub-pixel convolution: Shi et al., CVPR 2016; the stem is its inverse).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from synthseg.config import NetworkConfig
+from synthseg.errors import ConfigError
+
+
+def space_to_depth(image: torch.Tensor, factor: int) -> torch.Tensor:
+    """(B, C, D, H, W) to (B, C * factor**3, D / factor, H / factor, W / factor)."""
+    b, c, d, h, w = image.shape
+    f = factor
+    blocks = image.reshape(b, c, d // f, f, h // f, f, w // f, f)
+    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * f**3, d // f, h // f, w // f)
+
+
+def depth_to_space(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Inverse of ``space_to_depth``."""
+    b, c, d, h, w = features.shape
+    f = factor
+    blocks = features.reshape(b, c // f**3, f, f, f, d, h, w)
+    return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // f**3, d * f, h * f, w * f)
+
+
+def _body(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    from monai.networks.nets import DynUNet, SegResNet, UNet
+
+    channels = list(config.channels)
+    levels = len(channels)
+    norm: Any = {
+        "instance": ("INSTANCE", {"affine": True}),
+        "group": ("GROUP", {"num_groups": 8, "affine": True}),
+        "batch": ("BATCH", {"affine": True}),
+    }[config.norm]
+    if config.architecture == "dynunet":
+        if config.norm == "group":
+            raise ConfigError("network.norm 'group' needs equal divisors on every level; use 'instance' with dynunet")
+        return DynUNet(
+            spatial_dims=3,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=[3] * levels,
+            strides=[1] + [2] * (levels - 1),
+            upsample_kernel_size=[2] * (levels - 1),
+            filters=channels,
+            norm_name=norm,
+            res_block=config.residual,
+        )
+    if config.architecture == "unet":
+        return UNet(
+            spatial_dims=3,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            channels=channels,
+            strides=[2] * (levels - 1),
+            num_res_units=2,
+            norm=norm,
+        )
+    doubled = [channels[0] * 2**i for i in range(levels)]
+    if channels != doubled:
+        raise ConfigError(f"network.channels of segresnet double at each level: {doubled}, got {channels}")
+    return SegResNet(
+        init_filters=channels[0],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        norm=norm,
+        blocks_down=[1, *[2] * (levels - 1)],
+        blocks_up=[1] * (levels - 1),
+    )
+
+
+class SegmentationNetwork(nn.Module):
+    """Normalised intensities (B, 1, D, H, W) to logits (B, n_classes, D, H, W); sides divisible by ``multiple``."""
+
+    def __init__(self, config: NetworkConfig, n_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.n_classes = n_classes
+        self.multiple = config.multiple
+        cells = config.subpixel**3
+        self.body = _body(config, cells, n_classes * cells)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if any(n % self.multiple for n in image.shape[2:]):
+            raise ValueError(f"sides must be divisible by {self.multiple}, got {tuple(image.shape)}")
+        factor = self.config.subpixel
+        if factor == 1:
+            return self.body(image)
+        return depth_to_space(self.body(space_to_depth(image, factor)), factor)
+
+
+def transfer(target: nn.Module, weights: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
+    """Copy every tensor that fits by name and shape; returns how many, and the names that start anew."""
+    state = target.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in state and state[k].shape == v.shape}
+    target.load_state_dict({**state, **fitting})
+    return len(fitting), sorted(set(state) - set(fitting))

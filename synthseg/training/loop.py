@@ -1,0 +1,286 @@
+"""The training loop: stream -> network -> losses -> optimiser, with an average of the weights, resume and validation.
+
+A run folder holds ``train.json`` (manifest), ``state.safetensors`` (to resume), ``last.safetensors`` and
+``best.safetensors`` (models for inference), ``log.csv`` and TensorBoard curves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from synthseg import __version__
+from synthseg.config import TrainConfig
+from synthseg.errors import ConfigError, TrainingError
+from synthseg.generator.plan import sample_plan
+from synthseg.generator.synthesis import render
+from synthseg.labels import LabelTable, load_scheme
+from synthseg.networks.backbone import SegmentationNetwork, transfer
+from synthseg.networks.checkpoint import model_path, read_tensors, save_model, save_tensors
+from synthseg.templates import Template, expand, load_template
+from synthseg.training.losses import dice_and_cross_entropy
+from synthseg.training.optimiser import learning_rate_factor, make_optimiser
+from synthseg.training.stream import SyntheticStream, group_table, loader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """What a run carries from step to step besides the weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    validation: dict[str, Any] = field(default_factory=dict)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a recipe that cannot run, before any template is loaded."""
+    multiple = config.network.multiple
+    if any(n % multiple for n in config.generator.shape):
+        fitting = [max(multiple, round(n / multiple) * multiple) for n in config.generator.shape]
+        raise ConfigError(
+            f"generator.shape {list(config.generator.shape)} must be divisible by {multiple} for "
+            f"{len(config.network.channels)} levels with subpixel {config.network.subpixel}; try {fitting}"
+        )
+    load_scheme(config.scheme)
+
+
+def validation_table(
+    network: torch.nn.Module,
+    config: TrainConfig,
+    templates: Sequence[Template],
+    target: LabelTable,
+    contrasts: Sequence[str],
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Hard Dice per contrast and class on rendered templates: {contrast: {class: Dice}}, from fixed plans.
+
+    Each template is rendered once per contrast, with its deformation fixed and the whole head visible. Templates that
+    cannot tell classes apart are refused: Dice needs exact labels.
+    """
+    table: dict[str, dict[str, float]] = {}
+    quiet = config.generator.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
+    for number, contrast in enumerate(contrasts):
+        weights = {"random_weight": 1.0, "named_weights": {}} if contrast.startswith("random") else {
+            "random_weight": 0.0, "named_weights": {contrast: 1.0}
+        }
+        generator = config.generator.model_copy(
+            update={"contrast": config.generator.contrast.model_copy(update=weights), "artefacts": quiet}
+        )
+        overlap, total = np.zeros(len(target)), np.zeros(len(target))
+        scores: list[np.ndarray] = []
+        for template in templates:
+            index, groups = group_table(template.table, target)
+            if len(groups) != len(target):
+                raise ConfigError(f"validation_templates: {template.name} cannot tell all classes of {target.name} apart")
+            plan = sample_plan(generator, template.name, template.table, 977, number * 1000 + len(scores))
+            image, labels = render([template], [plan])
+            with torch.no_grad():
+                predicted = network(image.to(device)).argmax(1).cpu()
+            truth = index[labels.int()].long().flatten()
+            guess = predicted.flatten()
+            n = len(target)
+            both = torch.bincount(truth[truth == guess], minlength=n).double().numpy()
+            size = (torch.bincount(truth, minlength=n) + torch.bincount(guess, minlength=n)).double().numpy()
+            overlap += both
+            total += size
+            scores.append(np.where(torch.bincount(truth, minlength=n).numpy() > 0, 2 * both / np.maximum(size, 1), np.nan))
+        mean = np.nanmean(np.stack(scores), axis=0)
+        table[contrast] = {target.names[c]: round(float(mean[c]), 4) for c in range(1, len(target)) if np.isfinite(mean[c])}
+    return table
+
+
+def mean_dice(table: dict[str, dict[str, float]]) -> float:
+    """Mean over contrasts and classes."""
+    return float(np.mean([np.mean(list(row.values())) for row in table.values()]))
+
+
+class Trainer:
+    """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path."""
+
+    def __init__(self, config: TrainConfig, folder: Path, device: str = "cpu", resume: bool = False) -> None:
+        check(config)
+        self.config = config
+        self.folder = folder
+        self.target = load_scheme(config.scheme)
+        self.templates = [load_template(path) for path in expand(config.templates)]
+        self.held_out = [load_template(path) for path in expand(config.validation_templates)]
+        shared = {t.name for t in self.templates} & {t.name for t in self.held_out}
+        if shared:
+            raise ConfigError(f"validation_templates: {sorted(shared)} are also trained on; a held-out figure needs others")
+        precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
+        accelerator = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}[device]
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+        torch.manual_seed(config.seed)
+        self.plain = SegmentationNetwork(config.network, len(self.target))
+        self.state = RunState()
+        if config.init and not resume:
+            weights, _ = read_tensors(model_path(config.init))
+            kept, fresh = transfer(self.plain, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+            log.info("%d tensors taken from %s, %d start anew", kept, config.init, len(fresh))
+        optimiser = make_optimiser(self.plain, config.optimiser)
+        self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
+        self.ema = {k: v.detach().clone() for k, v in self.plain.state_dict().items()}
+        if resume:
+            self._resume()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    def _save_state(self) -> None:
+        tensors = {f"network.{k}": v for k, v in self.plain.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        save_tensors(self._state_file, tensors, {"state": vars(self.state), "config": self.config.model_dump(mode="json")})
+
+    def _resume(self) -> None:
+        tensors, record = read_tensors(self._state_file)
+        self.state = RunState(**record["state"])
+        pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.plain.load_state_dict(pick("network."))
+        self.ema = {k: v.to(self.fabric.device) for k, v in pick("ema.").items()}
+        saved = self.optimiser.state_dict()
+        saved["state"] = {}
+        for key, value in pick("optimiser.").items():
+            index, _, name = key.partition(".")
+            saved["state"].setdefault(int(index), {})[name] = value
+        self.optimiser.load_state_dict(saved)
+
+    def _save_model(self, name: str) -> Path:
+        network = SegmentationNetwork(self.config.network, len(self.target))
+        network.load_state_dict({k: v.cpu() for k, v in self.ema.items()})
+        path = self.folder / f"{name}.safetensors"
+        save_model(path, network, self.config, self.target, self.manifest())
+        return path
+
+    def manifest(self) -> dict[str, Any]:
+        """What was done with what: versions, templates, steps, seconds, validation."""
+        return {
+            "synthseg": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "templates": [t.name for t in self.templates],
+            "validation_templates": [t.name for t in self.held_out],
+            "parameters": sum(p.numel() for p in self.plain.parameters()),
+            "steps": self.state.step,
+            "train_seconds": round(self.state.seconds, 1),
+            "validation": self.state.validation,
+        }
+
+    # -- work ------------------------------------------------------------------------------------------------------
+    def step(self, batch: Any) -> tuple[float, float]:
+        """One optimiser step; returns (loss, mean soft Dice of the classes present)."""
+        config = self.config
+        factor = learning_rate_factor(config.optimiser, self.state.step, config.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        logits = self.network(batch.images.to(self.fabric.device))
+        loss, dices = torch.zeros((), device=self.fabric.device), []
+        for single, target, groups in zip(logits, batch.targets, batch.groups, strict=True):
+            dice, entropy, scores = dice_and_cross_entropy(
+                single, target.to(self.fabric.device), groups.to(self.fabric.device)
+            )
+            loss = loss + (config.dice_weight * dice + config.cross_entropy_weight * entropy) / len(logits)
+            dices.append(scores[1:].nanmean())
+        value = float(loss)
+        if not np.isfinite(value):
+            plan = self.folder / "offending_plan.json"
+            plan.write_text("[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
+            raise TrainingError(f"the loss is {value} at step {self.state.step}; the plans that made it are in {plan}")
+        self.fabric.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
+        for key, value_now in self.plain.state_dict().items():
+            if value_now.is_floating_point():
+                self.ema[key].lerp_(value_now, 1 - decay)
+            else:
+                self.ema[key].copy_(value_now)
+        self.state.step += 1
+        return value, float(torch.stack(dices).nanmean())
+
+    def validate(self) -> float:
+        """Mean hard Dice of the averaged weights on the held-out templates; kept in the manifest."""
+        if not self.held_out:
+            return float("nan")
+        live = {k: v.detach().clone() for k, v in self.plain.state_dict().items()}
+        self.plain.load_state_dict(self.ema)
+        self.network.eval()
+        table = validation_table(
+            self.network, self.config, self.held_out, self.target, self.config.validation_contrasts, self.fabric.device
+        )
+        self.network.train()
+        self.plain.load_state_dict(live)
+        self.state.validation = {"step": self.state.step, "mean": round(mean_dice(table), 4), "dice": table}
+        return mean_dice(table)
+
+    def run(self, until: int | None = None) -> Path:
+        """Train to step ``until`` (default: the recipe's last)."""
+        config = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        stream = SyntheticStream(config, self.templates, self.target, first=self.state.step)
+        writer = SummaryWriter(str(self.folder))
+        history = (self.folder / "log.csv").open("a")
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f} dice {task.fields[dice]:.3f} val {task.fields[best]:.3f}"),
+            TimeElapsedColumn(), TimeRemainingColumn(),
+        )
+        last = min(until or config.steps, config.steps)
+        loss_mean, dice_mean, saved = 0.0, 0.0, time.monotonic()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task(config.name, total=config.steps, completed=self.state.step, loss=0, dice=0, best=0)
+            batches = loader(stream)
+            self.network.train()
+            seen = 0
+            while self.state.step < last:
+                begun = time.monotonic()
+                loss, dice = self.step(next(batches))
+                seen += 1
+                weight = max(0.02, 1 / seen)
+                loss_mean += weight * (loss - loss_mean)
+                dice_mean += weight * (dice - dice_mean) if np.isfinite(dice) else 0.0
+                self.state.seconds += time.monotonic() - begun
+                step = self.state.step
+                progress.update(bar, completed=step, loss=loss_mean, dice=dice_mean, best=max(0.0, self.state.best))
+                if step % 50 == 0:
+                    writer.add_scalar("train/loss", loss_mean, step)
+                    writer.add_scalar("train/dice", dice_mean, step)
+                    history.write(f"{step},{self.state.seconds:.0f},{loss_mean:.4f},{dice_mean:.4f}\n")
+                    history.flush()
+                if step % config.validate_every == 0 or step == last:
+                    score = self.validate()
+                    if np.isfinite(score):
+                        writer.add_scalar("validation/dice", score, step)
+                        history.write(f"# {step} validation {score:.4f}\n")
+                    if not np.isfinite(score) or score >= self.state.best:
+                        self.state.best = score if np.isfinite(score) else self.state.best
+                        self._save_model("best")
+                if step == last or time.monotonic() - saved > config.checkpoint_every_s:
+                    self._save_state()
+                    self._save_model("last")
+                    (self.folder / "train.json").write_text(json.dumps(self.manifest(), indent=2) + "\n")
+                    saved = time.monotonic()
+        history.close()
+        writer.close()
+        return self.folder / "best.safetensors"

@@ -1,0 +1,50 @@
+"""Soft Dice and cross-entropy with marginal classes, without materialised one-hots.
+
+A template may know only a coarser set of labels. Each of its labels then stands for a group of classes, and the
+probability of a group is the sum over its classes (Fidon et al., MICCAI 2021: label-set loss functions).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def group_log_probabilities(logits: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each group of classes: logits (C, N), groups bool (G, C) -> (G, N)."""
+    log_p = torch.log_softmax(logits.float(), dim=0)
+    if groups.shape[0] == groups.shape[1] and bool((groups == torch.eye(len(groups), device=groups.device)).all()):
+        return log_p
+    probability = groups.to(log_p.dtype) @ log_p.exp()
+    return probability.clamp_min(1e-7).log()
+
+
+def dice_and_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, groups: torch.Tensor, smooth: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses of one image.
+
+    Parameters
+    ----------
+    logits : (C, D, H, W).
+    target : group index of each voxel, integer, (D, H, W).
+    groups : bool (G, C), the classes that each group stands for.
+
+    Returns
+    -------
+    1 - mean soft Dice (Milletari et al., 3DV 2016) over the groups that share no class with another and are present
+    (background left out), mean cross-entropy over all voxels, and the soft Dice of every group (NaN where not scored).
+    A group that overlaps another has no well-defined false positives, so it enters by cross-entropy alone.
+    """
+    log_p = group_log_probabilities(logits.flatten(1), groups)
+    index = target.flatten().long()
+    picked = log_p.gather(0, index[None])[0]
+    cross_entropy = -picked.mean()
+    n_groups = len(groups)
+    counts = torch.bincount(index, minlength=n_groups).to(log_p.dtype)
+    overlap = torch.zeros(n_groups, dtype=log_p.dtype, device=log_p.device).scatter_add(0, index, picked.exp())
+    dice = (2 * overlap + smooth) / (log_p.exp().sum(1) + counts + smooth)
+    alone = (groups.float() @ groups.float().T).count_nonzero(1) == 1
+    scored = alone & (counts > 0)
+    scored[0] = False
+    dice_loss = 1 - dice[scored].mean() if bool(scored.any()) else logits.sum() * 0.0
+    return dice_loss, cross_entropy, torch.where(alone & (counts > 0), dice.detach(), torch.nan)

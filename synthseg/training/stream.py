@@ -1,0 +1,89 @@
+"""An endless stream of synthetic batches; sample *i* is the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from synthseg import rng
+from synthseg.config import TrainConfig
+from synthseg.generator.plan import Plan, sample_plan
+from synthseg.generator.synthesis import render
+from synthseg.labels import LabelTable
+from synthseg.templates import Template
+
+
+@dataclass
+class Batch:
+    """images (B, 1, D, H, W) float32 in [0, 1]; targets (B, D, H, W) uint8 group indices; groups: (G, C) bool for each image."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    groups: list[torch.Tensor]
+    plans: list[Plan]
+
+
+def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """The group index of each source label, uint8 (n_source,), and the classes of each group, bool (G, C).
+
+    An exact relation keeps the target's own class order, so that a template without ambiguity has identity groups.
+    """
+    relation = source.groups(target)
+    if (relation.sum(1) == 1).all():
+        return torch.from_numpy(relation.argmax(1).astype(np.uint8)), torch.eye(len(target), dtype=torch.bool)
+    unique = [relation[0]]
+    for row in relation:
+        if not any((row == u).all() for u in unique):
+            unique.append(row)
+    index = [next(i for i, u in enumerate(unique) if (row == u).all()) for row in relation]
+    return torch.tensor(index, dtype=torch.uint8), torch.from_numpy(np.stack(unique))
+
+
+class SyntheticStream(IterableDataset[Batch]):
+    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept."""
+
+    def __init__(self, config: TrainConfig, templates: list[Template], target: LabelTable, first: int = 0) -> None:
+        self.config = config
+        self.templates = templates
+        self.first = first
+        self.tables = [group_table(t.table, target) for t in templates]
+
+    def batch(self, number: int) -> Batch:
+        config = self.config
+        plans, chosen = [], []
+        for index in range(number * config.batch_size, (number + 1) * config.batch_size):
+            source = rng.generator(config.seed, index, "template")
+            which = int(torch.randint(len(self.templates), (), generator=source))
+            template = self.templates[which]
+            plans.append(sample_plan(config.generator, template.name, template.table, config.seed, index))
+            chosen.append(which)
+        images, labels = render([self.templates[w] for w in chosen], plans)
+        targets = torch.stack([self.tables[w][0][lab.int()] for w, lab in zip(chosen, labels, strict=True)])
+        return Batch(images, targets, [self.tables[w][1] for w in chosen], plans)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, step = self.first, 1
+        if worker is not None:
+            number, step = number + worker.id, worker.num_workers
+        while True:
+            yield self.batch(number)
+            number += step
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def loader(stream: SyntheticStream) -> Iterator[Batch]:
+    """Iterate over the stream, in this process or with worker processes."""
+    workers = stream.config.workers
+    if workers == 0:
+        return iter(stream)
+    return iter(
+        DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2, worker_init_fn=_one_thread)
+    )
