@@ -6,6 +6,7 @@ predicts the classes of all eight voxels (sub-pixel convolution: Shi et al., CVP
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,9 +99,28 @@ class SegmentationNetwork(nn.Module):
         return depth_to_space(self.body(space_to_depth(image, factor)), factor)
 
 
-def transfer(target: nn.Module, weights: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each once (MONAI's DynUNet knows its layers under two names)."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+@torch.no_grad()
+def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights in place. Raises ValueError if a name is missing or left over, or a shape differs."""
+    own = weights_of(network)
+    if set(own) != set(weights):
+        raise ValueError(f"missing {sorted(set(own) - set(weights))[:3]}, unknown {sorted(set(weights) - set(own))[:3]}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
+        tensor.copy_(weights[name])
+
+
+@torch.no_grad()
+def transfer(target: nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:
     """Copy every tensor that fits by name and shape; returns how many, and the names that start anew."""
-    state = target.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in state and state[k].shape == v.shape}
-    target.load_state_dict({**state, **fitting})
-    return len(fitting), sorted(set(state) - set(fitting))
+    own = weights_of(target)
+    fitting = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
+    for name in fitting:
+        own[name].copy_(weights[name])
+    return len(fitting), sorted(set(own) - set(fitting))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from synthseg.config import TrainConfig, parse
 from synthseg.errors import CheckpointError
 from synthseg.labels import LabelTable
-from synthseg.networks.backbone import SegmentationNetwork
+from synthseg.networks.backbone import SegmentationNetwork, load_weights, weights_of
 from synthseg.paths import data_dir
 
 FORMAT = "synthseg-model-1"
@@ -78,12 +78,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def save_model(path: Path, network: SegmentationNetwork, config: TrainConfig, labels: LabelTable, extra: dict[str, Any]) -> None:
     """Save weights as float16 with all that inference needs."""
     record = {"format": FORMAT, "config": config.model_dump(mode="json"), "labels": labels.to_dict(), **extra}
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in weights_of(network).items()}
     save_tensors(path, weights, record)
 
 
+def _weights_folder() -> Path | None:
+    try:
+        return data_dir("weights")
+    except FileNotFoundError:
+        return None
+
+
 def shipped_models() -> list[str]:
-    return sorted(p.stem for p in data_dir("weights").glob("*.safetensors"))
+    """Names of the models that ship."""
+    folder = _weights_folder()
+    return sorted(p.stem for p in folder.glob("*.safetensors")) if folder else []
 
 
 def model_path(name_or_path: str | Path) -> Path:
@@ -91,9 +100,9 @@ def model_path(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = data_dir("weights") / f"{name_or_path}.safetensors"
-    if shipped.is_file():
-        return shipped
+    folder = _weights_folder()
+    if folder and (folder / f"{name_or_path}.safetensors").is_file():
+        return folder / f"{name_or_path}.safetensors"
     known = ", ".join(shipped_models()) or "none"
     raise CheckpointError(f"{name_or_path}: no such weights file and no such model; models that ship: {known}")
 
@@ -108,8 +117,8 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
     labels = LabelTable.from_dict(record["labels"])
     network = SegmentationNetwork(config.network, len(labels))
     try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    except RuntimeError as error:
+        load_weights(network, tensors)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})") from None
     return Model(
         network=network.to(device).eval(),

@@ -28,7 +28,7 @@ from synthseg.errors import ConfigError, TrainingError
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable, load_scheme
-from synthseg.networks.backbone import SegmentationNetwork, transfer
+from synthseg.networks.backbone import SegmentationNetwork, load_weights, transfer, weights_of
 from synthseg.networks.checkpoint import model_path, read_tensors, save_model, save_tensors
 from synthseg.templates import Template, expand, load_template
 from synthseg.training.losses import dice_and_cross_entropy
@@ -135,7 +135,7 @@ class Trainer:
             log.info("%d tensors taken from %s, %d start anew", kept, config.init, len(fresh))
         optimiser = make_optimiser(self.plain, config.optimiser)
         self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
-        self.ema = {k: v.detach().clone() for k, v in self.plain.state_dict().items()}
+        self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
         if resume:
             self._resume()
 
@@ -145,7 +145,7 @@ class Trainer:
         return self.folder / "state.safetensors"
 
     def _save_state(self) -> None:
-        tensors = {f"network.{k}": v for k, v in self.plain.state_dict().items()}
+        tensors = {f"network.{k}": v for k, v in weights_of(self.plain).items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
@@ -155,7 +155,7 @@ class Trainer:
         tensors, record = read_tensors(self._state_file)
         self.state = RunState(**record["state"])
         pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        self.plain.load_state_dict(pick("network."))
+        load_weights(self.plain, pick("network."))
         self.ema = {k: v.to(self.fabric.device) for k, v in pick("ema.").items()}
         saved = self.optimiser.state_dict()
         saved["state"] = {}
@@ -166,7 +166,7 @@ class Trainer:
 
     def _save_model(self, name: str) -> Path:
         network = SegmentationNetwork(self.config.network, len(self.target))
-        network.load_state_dict({k: v.cpu() for k, v in self.ema.items()})
+        load_weights(network, self.ema)
         path = self.folder / f"{name}.safetensors"
         save_model(path, network, self.config, self.target, self.manifest())
         return path
@@ -200,7 +200,7 @@ class Trainer:
             )
             loss = loss + (config.dice_weight * dice + config.cross_entropy_weight * entropy) / len(logits)
             dices.append(scores[1:].nanmean())
-        value = float(loss)
+        value = float(loss.detach())
         if not np.isfinite(value):
             plan = self.folder / "offending_plan.json"
             plan.write_text("[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
@@ -210,9 +210,9 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
-        for key, value_now in self.plain.state_dict().items():
+        for key, value_now in weights_of(self.plain).items():
             if value_now.is_floating_point():
-                self.ema[key].lerp_(value_now, 1 - decay)
+                self.ema[key].lerp_(value_now.detach(), 1 - decay)
             else:
                 self.ema[key].copy_(value_now)
         self.state.step += 1
@@ -222,14 +222,14 @@ class Trainer:
         """Mean hard Dice of the averaged weights on the held-out templates; kept in the manifest."""
         if not self.held_out:
             return float("nan")
-        live = {k: v.detach().clone() for k, v in self.plain.state_dict().items()}
-        self.plain.load_state_dict(self.ema)
+        live = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
+        load_weights(self.plain, self.ema)
         self.network.eval()
         table = validation_table(
             self.network, self.config, self.held_out, self.target, self.config.validation_contrasts, self.fabric.device
         )
         self.network.train()
-        self.plain.load_state_dict(live)
+        load_weights(self.plain, live)
         self.state.validation = {"step": self.state.step, "mean": round(mean_dice(table), 4), "dice": table}
         return mean_dice(table)
 

@@ -14,16 +14,24 @@ from synthseg.config import OptimiserConfig
 
 @torch.no_grad()
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Replace the singular values of a (..., rows, columns) matrix by about 1 (quintic Newton-Schulz iteration)."""
+    """Replace the singular values of a (rows, columns) matrix by about 1 (quintic Newton-Schulz iteration).
+
+    Every iterate is a polynomial of the Gram matrix times the input, so the iteration runs on the small Gram matrix
+    and touches the wide matrix twice instead of ten times.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.float()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = matrix.float().mT if matrix.shape[0] > matrix.shape[1] else matrix.float()
+    gram = wide @ wide.mT
+    norm = gram.diagonal().sum().sqrt() + 1e-7
+    gram = gram / norm**2
+    eye = torch.eye(len(gram), device=gram.device)
+    total = eye / norm
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        factor = a * eye + b * gram + c * gram @ gram
+        total = factor @ total
+        gram = factor @ gram @ factor
+    out = total @ wide
+    return out.mT if matrix.shape[0] > matrix.shape[1] else out
 
 
 class Muon(torch.optim.Optimizer):

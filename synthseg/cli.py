@@ -1,0 +1,231 @@
+"""The command line: a thin layer over functions with the same names and arguments.
+
+Exit codes: 0 all done, 1 some scans of a batch failed, 2 bad input or usage, 3 internal error. Messages go to
+stderr, one line per error; ``--debug`` adds the traceback. torch, monai and matplotlib are imported inside
+the commands, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from synthseg.errors import SynthSegError
+
+if TYPE_CHECKING:
+    from synthseg.batch import Job, Outcome
+
+DEFAULT_MODEL = "siam16"
+
+app = typer.Typer(
+    name="synthseg",
+    help="Segment head and brain scans of any contrast, resolution and orientation.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]
+
+
+# ----------------------------------------------------------------------------------- errors and exit code
+
+
+def main() -> None:
+    """Entry point of the ``synthseg`` command."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # temporary files are removed
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; every error ends as one line on stderr."""
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            code = app(args=list(arguments), prog_name="synthseg", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _say("error: interrupted")
+        return 130
+    except Exception as error:
+        return _report(error, debug)
+
+
+def _report(error: Exception, debug: bool, subject: str = "") -> int:
+    """Print one line (and the traceback if asked for) and return the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, SynthSegError):
+        _say(f"error: {error}")
+        return 2
+    if hasattr(error, "format_message"):  # a usage error of click, or of the copy of click inside typer
+        _say(f"error: {error.format_message()} (see synthseg --help)")
+        return 2
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = "" if debug else "; run again with --debug for the traceback"
+    _say(f"error: {subject}internal error ({what}){hint}")
+    return 3
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- root
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from synthseg import __version__
+
+        typer.echo(f"synthseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# ------------------------------------------------------------------------------------------------ segment
+
+
+@app.command()
+def segment(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="Scans (NIfTI, MGH) or folders of them.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT",
+            help="A file for one scan, or a folder. Default: <name>_seg.nii.gz beside each scan.",
+        ),
+    ] = None,
+    volumes: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Write volumes in ml, one row per scan.")
+    ] = None,
+    overview: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw slices; several scans: <stem>_<scan>.png.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME|FILE", help="A model or checkpoint.")] = DEFAULT_MODEL,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Segment scans: each gets a label map on its own grid."""
+    from synthseg.batch import check_jobs, plan_jobs, run_jobs
+
+    jobs = plan_jobs(inputs, output, overview)
+    check_jobs(jobs, volumes, overwrite)
+
+    from synthseg.allocator import tune_allocator
+
+    tune_allocator()
+    import torch
+    from rich.console import Console
+
+    from synthseg.devices import resolve_device
+    from synthseg.networks.checkpoint import load_model
+
+    torch_device = resolve_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(model, torch_device)
+    number = {job: f"[{index}/{len(jobs)}]" for index, job in enumerate(jobs, 1)}
+    codes: list[int] = []
+    with Console(stderr=True).status("starting") as status:
+
+        def on_step(job: Job, step: str) -> None:
+            status.update(f"{number[job].replace('[', '(').replace(']', ')')} {step}")
+
+        def on_done(outcome: Outcome) -> None:
+            codes.append(_finish(outcome, number[outcome.job], debug))
+
+        run_jobs(jobs, loaded, torch_device, volumes, on_step, on_done)
+    failed = [code for code in codes if code]
+    if failed and len(jobs) > 1:
+        _say(f"{len(failed)} of {len(jobs)} scans failed")
+    raise typer.Exit(0 if not failed else failed[0] if len(jobs) == 1 else 1)
+
+
+def _finish(outcome: Outcome, number: str, debug: bool) -> int:
+    """Say how a scan went, and return its exit code."""
+    source = outcome.job.source
+    if outcome.segmentation is None:
+        return _report(outcome.error or RuntimeError("no result"), debug, subject=f"{source}: ")
+    for warning in outcome.segmentation.warnings:
+        _say(f"warning: {source}: {warning}")
+    timings_s = outcome.segmentation.timings_s
+    steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in timings_s.items())
+    _say(f"{number} {source} -> {outcome.job.target}: {sum(timings_s.values()):.1f} s ({steps})")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- info
+
+
+@app.command()
+def info(debug: DebugOption = False) -> None:
+    """Show versions, the devices found, and the models and templates that ship."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from synthseg import __version__
+
+    typer.echo(f"synthseg {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    typer.echo(", ".join(f"{name} {version(name)}" for name in ("torch", "monai", "nibabel", "numpy", "scipy")))
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    typer.echo(f"devices: {', '.join(devices)}")
+    _print_models()
+    templates = _shipped("templates", "*/")
+    typer.echo(f"templates: {', '.join(path.name for path in templates) or 'none'}")
+
+
+def _print_models() -> None:
+    weights = _shipped("weights", "*.safetensors")
+    typer.echo(f"models: {', '.join(path.stem for path in weights) or 'none'}")
+    for path in weights:
+        from synthseg.networks.checkpoint import load_model
+
+        model = load_model(path, "cpu")
+        default = " (default)" if path.stem == DEFAULT_MODEL else ""
+        typer.echo(f"\n{model.name}{default}: {model.voxel_size_mm:g} mm, {len(model.labels)} labels, {model.sha256}")
+        for label in model.labels.labels:
+            typer.echo(f"  {label.id:5d}  {label.name}")
+
+
+def _shipped(kind: str, pattern: str) -> list[Path]:
+    """What ships of one kind; nothing if this installation has no such folder."""
+    from synthseg.paths import data_dir
+
+    try:
+        return sorted(data_dir(kind).glob(pattern))  # type: ignore[arg-type]
+    except FileNotFoundError:
+        return []
+
+
+# ---------------------------------------------------------------------- generate, train, templates: below

@@ -1,0 +1,346 @@
+"""Geometry, clean-up and memory of segmentation, with stand-ins for the trained network."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from synthseg import inference
+from synthseg.inference import clean_up, conform, grid_shape, predict, segment, stray_components
+from synthseg.labels import Label, LabelTable
+from synthseg.volume import Volume, canonical, load_volume
+
+CPU = torch.device("cpu")
+TWO = LabelTable("two", (Label(0, "Background", tissue="air"), Label(7, "Blob", tissue="gm")))
+
+
+class Threshold(torch.nn.Module):
+    """Foreground where the intensity is above one half; looks at one voxel at a time."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logit = 20 * (image - 0.5)
+        return torch.cat([-logit, logit], 1)
+
+
+class Random(torch.nn.Module):
+    """Five classes from a fixed random convolution: any mistake of orientation changes its result."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.randn(5, 1, *[size] * 3, generator=torch.manual_seed(0)))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return 5 * torch.nn.functional.conv3d(image, self.kernel, padding="same")
+
+
+FIVE = LabelTable("five", tuple(Label(i * 10, f"L{i}", tissue="air" if i == 0 else "gm") for i in range(5)))
+
+
+@dataclass
+class Fake:
+    network: torch.nn.Module = field(default_factory=Threshold)
+    labels: LabelTable = TWO
+    voxel_size_mm: float = 2.0
+    window: tuple[int, int, int] = (16, 24, 32)
+    multiple: int = 8
+
+
+def oblique_affine(rng: np.random.Generator, spacing_mm: tuple[float, ...], largest_deg: float = 25) -> np.ndarray:
+    angles = rng.uniform(-largest_deg, largest_deg, 3)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    affine[:3, :3] = affine[:3, :3] @ np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], 3) @ np.diag(spacing_mm)
+    affine[:3, 3] = rng.uniform(-100, 100, 3)
+    return affine
+
+
+def voxel_centres_mm(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    return nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+
+
+def blobs(shape: tuple[int, ...], affine: np.ndarray, centres_mm: np.ndarray, radius_mm: float) -> np.ndarray:
+    """Balls with soft edges, 1 inside and 0 outside, drawn in mm."""
+    positions = voxel_centres_mm(shape, affine)
+    distances = np.stack([np.linalg.norm(positions - centre, axis=-1) for centre in centres_mm]).min(0)
+    return np.clip(0.5 + (radius_mm - distances) / 3, 0, 1).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_landmarks_are_found_where_they_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(inference, "MINOR_FRACTION", 0.0)
+    monkeypatch.setattr(inference, "WHOLE_HEAD_MM", 1e9)  # all blobs stay
+    spacing_mm = [(1.0, 1.3, 1.6), (2.9, 1.1, 1.7), (2.0, 2.0, 2.0), (0.8, 1.0, 4.5)][seed % 4]
+    shape = tuple(int(extent / s) for extent, s in zip((70, 64, 76), spacing_mm, strict=True))
+    affine = oblique_affine(rng, spacing_mm)
+    middle = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
+    centres_mm = middle + np.array([[18.0, 3.0, -7.0], [-14.0, -16.0, 4.0], [-3.0, 14.0, 15.0]])
+    volume = Volume(100 * blobs(shape, affine, centres_mm, 8.0), affine)
+
+    labels = segment(volume, Fake(window=(40, 40, 40)), CPU).labels
+    assert labels.shape == shape
+    components, count = ndimage.label(labels == 7)
+    assert count == 3
+    found = np.array(ndimage.center_of_mass(labels == 7, components, [1, 2, 3]))
+    found_mm = nib.affines.apply_affine(affine, found)
+    for centre in centres_mm:
+        assert np.linalg.norm(found_mm - centre, axis=1).min() < 0.15 * max(spacing_mm) + 0.15
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "tolerance"),  # slices 10 mm apart hold the ball in two slices
+    [((0.3, 0.3, 0.4), 0.05), ((10.0, 1.0, 1.2), 0.2), ((3.0, 3.0, 3.0), 0.08), ((1.0, 6.0, 1.0), 0.08)],
+)
+def test_volume_of_a_ball_at_any_resolution(spacing_mm: tuple[float, ...], tolerance: float) -> None:
+    affine = oblique_affine(np.random.default_rng(1), spacing_mm)
+    shape = tuple(int(44 / s) for s in spacing_mm)
+    middle = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
+    volume = Volume(blobs(shape, affine, middle[None], 14.0), affine)
+    result = segment(volume, Fake(window=(24, 24, 24)), CPU)
+    expected_ml = 4 / 3 * np.pi * 1.4**3
+    assert result.hard_ml["Blob"] == pytest.approx(expected_ml, rel=tolerance)
+    assert result.soft_ml["Blob"] == pytest.approx(expected_ml, rel=tolerance)
+    assert result.hard_ml["Blob"] == pytest.approx((result.labels == 7).sum() * np.prod(spacing_mm) / 1000)
+    assert sum(result.soft_ml.values()) == pytest.approx(np.prod(shape) * np.prod(spacing_mm) / 1000, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9), (7, 1, 9), (7, 8, 1), (1, 1, 9), (2, 1, 1)])
+@pytest.mark.parametrize("spacing_mm", [(0.4, 0.5, 0.6), (5.0, 3.0, 8.0)])
+def test_dimensions_of_one_voxel(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> None:
+    data = np.zeros(shape, np.float32)
+    data.flat[data.size // 2 :] = 50
+    result = segment(Volume(data, np.diag([*spacing_mm, 1.0])), Fake(), CPU)
+    assert result.labels.shape == shape
+    assert set(np.unique(result.labels)) <= {0, 7}
+
+
+def test_48_orientations_and_types_give_identical_results(tmp_path: Path) -> None:
+    shape, affine = (7, 8, 9), np.diag([2.6, 2.3, 3.7, 1.0])
+    data = 2 * np.random.default_rng(0).integers(0, 200, shape) + 3
+    model = Fake(Random(), FIVE, window=(16, 16, 24))
+    reference = segment(Volume(data.astype(np.float32), affine), model, CPU)
+    assert len(np.unique(reference.labels)) >= 4
+    base = nib.Nifti1Image(data.astype(np.int16), affine)
+    for order, flips in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+        turned = base.as_reoriented(np.stack([order, flips], 1))
+        for dtype in (np.int16, np.float32, np.uint8):
+            values = np.asarray(turned.dataobj)
+            stored = (values - 3) // 2 if dtype == np.uint8 else values
+            image = nib.Nifti1Image(stored.astype(dtype), turned.affine)
+            if dtype == np.uint8:
+                image.header.set_slope_inter(2, 3)
+            nib.save(image, tmp_path / "scan.nii")
+            volume = load_volume(tmp_path / "scan.nii")
+            np.testing.assert_array_equal(volume.data, values)
+            result = segment(volume, model, CPU)
+            back = nib.as_closest_canonical(nib.Nifti1Image(result.labels.astype(np.uint8), turned.affine))
+            np.testing.assert_array_equal(np.asarray(back.dataobj), reference.labels)
+            assert result.soft_ml == pytest.approx(reference.soft_ml)
+
+
+def test_data_is_not_modified_and_runs_are_repeatable() -> None:
+    data = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+    data[2, 3, 4] = np.nan
+    volume, before = Volume(data, np.eye(4) * 2), data.copy()
+    model = Fake(Random(), FIVE)
+    first, second = segment(volume, model, CPU), segment(volume, model, CPU)
+    np.testing.assert_array_equal(data, before)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    assert first.soft_ml == second.soft_ml
+
+
+# --------------------------------------------------------------------------------------------- intensities
+
+
+def test_nan_and_infinity_become_the_minimum() -> None:
+    data = np.random.default_rng(0).uniform(10, 100, (9, 8, 7)).astype(np.float32)
+    clean = data.copy()
+    data[0, 0, 0], data[1, 2, 3], data[4, 5, 6] = np.nan, np.inf, -np.inf
+    clean[0, 0, 0] = clean[1, 2, 3] = clean[4, 5, 6] = data[np.isfinite(data)].min()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    torch.testing.assert_close(conform(Volume(data, affine), 2.0), conform(Volume(clean, affine), 2.0))
+
+
+def test_ct_is_windowed_before_resampling() -> None:
+    """Averaged with air and metal of thousands of HU, a voxel would lose its contrast."""
+    data = np.full((20, 21, 22), -1000.0, np.float32)
+    data[4:16, 4:16, 4:16] = np.random.default_rng(0).normal(40, 20, (12, 12, 12))
+    data[9:12, 10, 10] = 3000
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    windowed = conform(Volume(np.clip(data, -100, 150), affine), 3.0)
+    torch.testing.assert_close(conform(Volume(data, affine), 3.0), windowed)
+
+
+def test_intensities_are_normalised_after_resampling() -> None:
+    """A fine pattern of 0 and 200 and a flat 100 are the same on a coarse grid: both are its brightest tissue."""
+    data = np.zeros((48, 24, 24), np.float32)
+    data[8:20, 4:20, 4:20] = 200 * (np.arange(12) % 2)[:, None, None]
+    data[28:40, 4:20, 4:20] = 100
+    image = conform(Volume(data, np.eye(4)), 4.0)
+    assert float(image[3, 3, 3]) == pytest.approx(1.0, abs=0.05)
+    assert float(image[8, 3, 3]) == pytest.approx(1.0, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------ grid and tiles
+
+
+def test_grid_covers_the_field_of_view() -> None:
+    volume = Volume(np.zeros((181, 60, 1), np.float32), np.diag([1.0, 3.0, 0.5, 1.0]))
+    assert grid_shape(volume, 2.0) == (91, 90, 1)  # 181, 180 and 0.5 mm
+    assert conform(volume, 2.0).shape == (91, 90, 1)
+
+
+def test_tiled_equals_whole_for_a_pointwise_network() -> None:
+    image = torch.rand(50, 37, 41)
+    whole = predict(image, Fake(window=(56, 40, 48)), CPU, mixed_precision=False)
+    tiled = predict(image, Fake(window=(16, 24, 16)), CPU, mixed_precision=False)
+    assert whole.shape == tiled.shape == (2, 50, 37, 41)
+    torch.testing.assert_close(whole, tiled)
+
+
+def test_the_network_sees_sizes_it_can_take() -> None:
+    seen = []
+
+    class Recorder(Threshold):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(image.shape))
+            return super().forward(image)
+
+    predict(torch.rand(3, 25, 33), Fake(Recorder(), window=(16, 24, 32)), CPU)
+    predict(torch.rand(17, 24, 32), Fake(Recorder(), window=(16, 24, 32)), CPU)
+    predict(torch.rand(40, 24, 32), Fake(Recorder(), window=(16, 24, 32)), CPU)
+    # 16 x 32 x 40 is 1.67 windows and 24 x 24 x 32 is 1.5: tiles. All tiles have the window's size.
+    assert set(seen) == {(1, 1, 16, 24, 32)}
+    seen.clear()
+    predict(torch.rand(16, 25, 32), Fake(Recorder(), window=(16, 24, 32)), CPU)  # 16 x 32 x 32: 1.33 windows
+    assert seen == [(1, 1, 16, 32, 32)]
+
+
+def test_mirror_averaging_swaps_left_and_right_classes() -> None:
+    table = LabelTable("sides", (Label(0, "Bg"), Label(1, "L", partner=2), Label(2, "R", partner=1)))
+
+    class Sides(torch.nn.Module):
+        """Class 1 in the first half of the first axis, class 2 in the second: right only on an unmirrored head."""
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            ramp = torch.linspace(-9, 9, image.shape[2])[None, None, :, None, None].expand_as(image)
+            return torch.cat([torch.zeros_like(image), -ramp, ramp], 1)
+
+    model = Fake(Sides(), table)
+    image = torch.rand(16, 24, 32)
+    torch.testing.assert_close(predict(image, model, CPU, tta=True), predict(image, model, CPU), atol=1e-3, rtol=1e-3)
+
+
+def test_slabs_give_the_result_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = Volume(np.random.default_rng(0).normal(size=(31, 13, 11)).astype(np.float32), np.diag([0.7, 2, 3, 1]))
+    model = Fake(Random(), FIVE)
+    whole = segment(volume, model, CPU)
+    monkeypatch.setattr(inference, "SLAB_BYTES", 4 * 5 * 13 * 11 * 3)  # three rows of five classes
+    slabs = segment(volume, model, CPU)
+    np.testing.assert_array_equal(whole.labels, slabs.labels)
+    assert whole.hard_ml == slabs.hard_ml
+    assert whole.soft_ml == pytest.approx(slabs.soft_ml, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ clean-up
+
+
+def test_stray_components_by_hand() -> None:
+    mask = np.zeros((7, 8, 9), bool)
+    mask[0:2, 0:5, 0] = True  # ten voxels
+    mask[2, 5, 1] = True  # touches it at a corner only: the same component
+    mask[5, 0:3, 5] = True  # three voxels
+    mask[6, 6, 0:2] = True  # two voxels: below a fifth of eleven
+    one, two, three = (stray_components(mask, count) for count in (1, 2, 3))
+    assert one.sum() == 5
+    assert two.sum() == three.sum() == 2
+    assert two[6, 6, 0]
+    assert stray_components(mask, None).sum() == 2
+    assert not stray_components(np.zeros((3, 4, 5), bool), 1).any()
+
+
+def certain(labels: np.ndarray, n_classes: int, sure: float = 0.9) -> torch.Tensor:
+    rest = (1 - sure) / (n_classes - 1)
+    one_hot = np.moveaxis(np.eye(n_classes)[labels], -1, 0)
+    return torch.from_numpy(rest + (sure - rest) * one_hot).float()
+
+
+PARTS = LabelTable(
+    "parts",
+    (
+        Label(0, "Background", tissue="air"),
+        Label(1, "Cortex", tissue="gm"),
+        Label(2, "Nuclei", tissue="thalamus", components=2),
+        Label(3, "Skin", tissue="skin"),
+    ),
+)
+
+
+def test_clean_up_removes_strays_and_renormalises() -> None:
+    labels = np.zeros((12, 9, 10), int)
+    labels[0:6, 0:6, 0:6] = 1
+    labels[1, 1, 1:4], labels[3, 3, 1:4], labels[1:3, 5, 5] = 2, 2, 2  # three nuclei: 3, 3 and 2 voxels
+    labels[9:11, 6, 8] = 1  # brain away from the brain
+    labels[11, 0:2, 0] = 3  # no rule for the skin
+    probabilities = certain(labels, 4)
+    clean_up(probabilities, PARTS)
+    winner = probabilities.argmax(0).numpy()
+    assert (winner[1:3, 5, 5] != 2).all()
+    assert (winner[9:11, 6, 8] == 0).all()
+    assert (winner[11, 0:2, 0] == 3).all()
+    assert (winner == 2).sum() == 6
+    # background and skin had 0.1 / 3 each, of which they now hold halves
+    np.testing.assert_allclose(probabilities[:, 9, 6, 8], [0.5, 0, 0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(0), 1.0, atol=1e-5)
+
+
+def test_a_whole_head_has_one_brain() -> None:
+    labels = np.zeros((30, 9, 8), int)
+    labels[0:10], labels[12:20] = 1, 1
+    probabilities = certain(labels, 4)
+    clean_up(probabilities, PARTS)
+    winner = probabilities.argmax(0).numpy()
+    assert (winner[0:10] == 1).all()
+    assert (winner[10:] == 0).all()
+
+
+def test_clean_up_falls_back_to_background_where_nothing_else_was_likely() -> None:
+    labels = np.zeros((8, 9, 10), int)
+    labels[0:4], labels[7, 8, 9] = 1, 1
+    probabilities = certain(labels, 4, sure=1.0)
+    clean_up(probabilities, PARTS)
+    np.testing.assert_array_equal(probabilities[:, 7, 8, 9], [1, 0, 0, 0])
+
+
+def test_in_a_thin_field_of_view_large_pieces_stay() -> None:
+    labels = np.zeros((30, 9, 2), int)
+    labels[0:10], labels[12:20], labels[25, 0, 0] = 1, 1, 1
+    probabilities = certain(labels, 4)
+    clean_up(probabilities, PARTS, whole_head=False)
+    winner = probabilities.argmax(0).numpy()
+    assert (winner[12:20] == 1).all()
+    assert winner[25, 0, 0] == 0
+
+
+# ------------------------------------------------------------------------------------------------- remarks
+
+
+def test_timings_and_remarks() -> None:
+    steps: list[str] = []
+    data = np.zeros((60, 55, 52), np.float32)
+    data[20:30, 20:30, 20:30] = 9  # 8 ml of "brain"
+    volume = Volume(data, np.diag([2.0, 2.0, 2.0, 1.0]), warnings=("a remark on the file",))
+    result = segment(volume, Fake(window=(64, 64, 64)), CPU, on_step=steps.append)
+    assert steps == list(result.timings_s) == ["conform", "network", "clean-up", "resample"]
+    assert result.warnings[0] == "a remark on the file"
+    assert "8 ml" in result.warnings[1]
+    assert canonical(volume).axcodes == ("R", "A", "S")
