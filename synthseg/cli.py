@@ -138,18 +138,13 @@ def segment(
     jobs = plan_jobs(inputs, output, overview)
     check_jobs(jobs, volumes, overwrite)
 
-    from synthseg.allocator import tune_allocator
-
-    tune_allocator()
-    import torch
+    _prepare_torch(threads)
     from rich.console import Console
 
     from synthseg.devices import resolve_device
     from synthseg.networks.checkpoint import load_model
 
     torch_device = resolve_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
     loaded = load_model(model, torch_device)
     number = {job: f"[{index}/{len(jobs)}]" for index, job in enumerate(jobs, 1)}
     codes: list[int] = []
@@ -228,4 +223,154 @@ def _shipped(kind: str, pattern: str) -> list[Path]:
         return []
 
 
-# ---------------------------------------------------------------------- generate, train, templates: below
+# ----------------------------------------------------------------------------------------------- generate
+
+
+@app.command()
+def generate(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the samples.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Generator settings, or a recipe with them.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(metavar="NAME|DIR", help="Templates to draw from (repeat). Default: phantom.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Sample i depends on the seed and i alone.")] = 0,
+    scheme: Annotated[str | None, typer.Option(help="Label ids to write (default: the template's own).")] = None,
+    replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render this *_plan.json again.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Make synthetic images with their label maps and Plans."""
+    from synthseg.config import generator_config
+    from synthseg.labels import load_scheme
+    from synthseg.volume import check_writable
+
+    wanted = generator_config(config, settings or [])
+    table = load_scheme(scheme) if scheme else None
+    check_writable(output / "0000_image.nii.gz")
+    _prepare_torch(threads)
+
+    from synthseg.devices import resolve_device
+    from synthseg.generator import export
+    from synthseg.templates import expand, load_template
+
+    torch_device = resolve_device(device)
+    plan = export.load_plan(replay) if replay else None
+    export.check_free(output, [0] if plan else range(n), overwrite)
+    templates = [load_template(path) for path in expand(template or [plan.template if plan else "phantom"])]
+    if table is not None:
+        for found in templates:
+            found.table.mapping(table)
+    if plan is not None and replay is not None:
+        export.check_plan_fits(plan, templates[0], replay)
+        export.write_sample(output, 0, templates[0], plan, table or templates[0].table, torch_device)
+        _say(str(export.sample_files(output, 0)[0]))
+        return
+    export.generate(wanted, templates, n, seed, output, table, torch_device, lambda file: _say(str(file)))
+
+
+def _prepare_torch(threads: int | None) -> None:
+    """Settings that must come before the first tensor."""
+    from synthseg.allocator import tune_allocator
+
+    tune_allocator()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe YAML, or the name of one that ships.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Run folder. Default: runs/<name>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Draw the first batch and stop.")] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Train a network on synthetic images of label templates."""
+    from synthseg.config import TrainConfig, load_yaml, resolve_paths
+    from synthseg.errors import CheckpointError, OutputError
+    from synthseg.volume import check_writable
+
+    config = resolve_paths(load_yaml(TrainConfig, recipe, settings or []), Path(recipe).parent)
+    folder = output or Path("runs") / config.name
+    if (folder / "state.safetensors").exists() and not resume and not dry_run:
+        raise OutputError(f"{folder}: holds a run already; use --resume to go on, or another folder with -o")
+    if resume and not (folder / "state.safetensors").is_file():
+        raise CheckpointError(f"{folder}: holds no run to resume (state.safetensors); start it without --resume")
+    check_writable(folder / "state.safetensors")
+    _prepare_torch(threads)
+    from synthseg.devices import resolve_device
+    from synthseg.training.loop import Trainer
+
+    trainer = Trainer(config, folder, resolve_device(device), resume)
+    _say(trainer.describe())
+    if dry_run:
+        _say(f"first batch: {trainer.draw_first_batch(folder / 'first_batch.png')}")
+        return
+    best = trainer.run()
+    _say(f"model: {best}; use it with: synthseg segment IN --model {best}")
+
+
+# ---------------------------------------------------------------------------------------------- templates
+
+templates_app = typer.Typer(help="List, check and import label templates.", no_args_is_help=True)
+app.add_typer(templates_app, name="templates")
+
+
+@templates_app.command("list")
+def templates_list(debug: DebugOption = False) -> None:
+    """The templates that ship, with their scheme."""
+    import json
+
+    for folder in _shipped("templates", "*/"):
+        if (folder / "labels.json").is_file():
+            record = json.loads((folder / "labels.json").read_text())
+            typer.echo(f"{folder.name}\t{record['scheme']}\t{len(record['labels'])} labels\t{folder}")
+
+
+@templates_app.command("check")
+def templates_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Label maps, or imported templates.")],
+    scheme: Annotated[str | None, typer.Option(help="head, brainweb, siam16 or a JSON file.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Say what is wrong with a folder of label maps."""
+    from synthseg.templates import check_folder, label_map_files
+
+    problems, notes = check_folder(folder, scheme)
+    for note in notes:
+        _say(f"note: {note}")
+    for problem in problems:
+        _say(f"error: {problem}")
+    typer.echo(f"{len(label_map_files(folder))} label maps, {len(problems)} problems")
+    raise typer.Exit(2 if problems else 0)
+
+
+@templates_app.command("import")
+def templates_import(
+    source: Annotated[Path, typer.Argument(metavar="FILE|DIR")],
+    scheme: Annotated[str, typer.Option(help="What the ids mean: head, brainweb, siam16 or a JSON file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of templates to add to.")],
+    debug: DebugOption = False,
+) -> None:
+    """Bring label maps into the project's format: checked, RAS+, without islands, dura derived where missing."""
+    from synthseg.templates import import_templates
+    from synthseg.volume import check_writable
+
+    check_writable(output / "labels.nii.gz")
+    import_templates(source, scheme, output, lambda folder: _say(str(folder)))

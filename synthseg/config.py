@@ -23,7 +23,12 @@ class Section(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _ranges_are_ordered(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, float) for v in value) and value[0] > value[1]:
+        if (
+            isinstance(value, tuple)
+            and len(value) == 2
+            and all(isinstance(v, float) for v in value)
+            and value[0] > value[1]
+        ):
             raise ValueError(f"a range is (low, high), got {value}")
         return value
 
@@ -50,9 +55,13 @@ class ContrastConfig(Section):
     mean: Range = Field((0.0, 1.0), description="means of the fully random contrasts")
     std: Range = Field((0.0, 0.06), description="standard deviation inside a label")
     texture_std: Range = Field((0.0, 0.08), description="amplitude of a smooth texture inside a label")
-    soft_texture_std: Range = Field((0.0, 0.3), description="the same for soft tissue, where fat and muscle share a label")
+    soft_texture_std: Range = Field(
+        (0.0, 0.3), description="the same for soft tissue, where fat and muscle share a label"
+    )
     texture_spacing_mm: Range = (6.0, 30.0)
-    tie_probability: float = Field(0.35, ge=0, le=1, description="chance that a tissue takes the mean of its look-alike")
+    tie_probability: float = Field(
+        0.35, ge=0, le=1, description="chance that a tissue takes the mean of its look-alike"
+    )
     air_is_zero_probability: float = Field(0.5, ge=0, le=1)
 
 
@@ -181,8 +190,8 @@ def set_by_path(record: dict[str, Any], assignment: str) -> None:
     node[last] = yaml.safe_load(text)
 
 
-def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
-    """Read a YAML file (or the name of one that ships in ``pipelines/``) and apply ``key=value`` overrides."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, or of one that ships in ``pipelines/`` if only its name is given."""
     file = Path(path)
     if not file.is_file() and file.suffix == "":
         shipped = data_dir("pipelines") / f"{path}.yaml"
@@ -190,15 +199,45 @@ def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -
     try:
         record = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a YAML file or the name of a recipe") from None
-    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give a YAML file or the name of a recipe that ships"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(record, dict | None):
+    if record is not None and not isinstance(record, dict):
         raise ConfigError(f"{file}: expected keys and values, got {type(record).__name__}")
-    record = record or {}
+    return record or {}
+
+
+def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file (or the name of one that ships) and apply ``key=value`` overrides."""
+    record = read_yaml(path)
     for assignment in overrides:
         set_by_path(record, assignment)
-    return parse(model, record, str(file))
+    return parse(model, record, str(path))
+
+
+def generator_config(path: Path | None, overrides: Sequence[str] = ()) -> GeneratorConfig:
+    """Generator settings from a YAML file of their own, from the ``generator`` section of a recipe, or the defaults."""
+    record = read_yaml(path) if path else {}
+    record = record.get("generator", record)
+    for assignment in overrides:
+        set_by_path(record, assignment.removeprefix("generator."))
+    return parse(GeneratorConfig, record, str(path or "--set"))
+
+
+def resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Template folders that exist beside the recipe are taken from there; other names stay as they are."""
+
+    def resolve(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(folder / name) if (folder / name).is_dir() else name for name in names)
+
+    return config.model_copy(
+        update={
+            "templates": resolve(config.templates),
+            "validation_templates": resolve(config.validation_templates),
+        }
+    )
 
 
 def to_yaml(config: Section) -> str:

@@ -60,9 +60,7 @@ class LabelTable:
         if not ids or ids[0] != 0:
             raise LabelError(f"scheme '{self.name}' must begin with label 0 (background)")
         for label in self.labels:
-            if label.partner is not None and (
-                label.partner not in ids or self[label.partner].partner != label.id
-            ):
+            if label.partner is not None and (label.partner not in ids or self[label.partner].partner != label.id):
                 raise LabelError(
                     f"scheme '{self.name}': {label.name} ({label.id}) names {label.partner} as its left/right "
                     "partner, which does not name it in return"
@@ -98,9 +96,7 @@ class LabelTable:
     @cached_property
     def flip(self) -> np.ndarray:
         """Index of the left/right partner of each index (itself where there is none), int64, shape (n_labels,)."""
-        return np.array(
-            [self.index_of[x.id if x.partner is None else x.partner] for x in self.labels], dtype=np.int64
-        )
+        return np.array([self.index_of[x.id if x.partner is None else x.partner] for x in self.labels], dtype=np.int64)
 
     def to_index(self, label_map: np.ndarray, where: str = "label map") -> np.ndarray:
         """Ids to indices, uint8, same shape. Raises LabelError on an id that the scheme does not have."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
 
-from synthseg.errors import LabelError, TemplateError
+from synthseg.errors import InputError, LabelError, TemplateError
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.paths import data_dir
+from synthseg.volume import Volume, canonical, image_stem, load_volume, save_label_map
 
 DURA_ID, CSF_ID, BONE_IDS = 540, 24, (515, 516)
 DURA_THICKNESS_MM = 1.2
@@ -46,35 +47,28 @@ class Template:
     derived: dict[str, str]
 
 
-def read_label_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Integer label map, shape (D, H, W), in RAS+ order and its affine. float32 storage of integers is fine."""
+def read_label_map(path: Path) -> Volume:
+    """Integer label map in RAS+ order, data int32 (D, H, W). float32 storage of integers is fine.
+
+    Raises TemplateError if the values are not integers, are negative, or all background.
+    """
     try:
-        image = nib.as_closest_canonical(nib.load(path))
-        data = np.asanyarray(image.dataobj)
-    except FileNotFoundError:
-        raise TemplateError(f"{path}: no such file") from None
-    except Exception as error:
-        raise TemplateError(f"{path}: not a readable NIfTI label map ({' '.join(str(error).split())})") from None
-    if data.ndim == 4 and data.shape[3] == 1:
-        data = data[..., 0]
-    if data.ndim != 3:
-        raise TemplateError(f"{path}: expected a 3-D label map, got shape {data.shape}")
-    if not np.issubdtype(data.dtype, np.integer):
-        if not np.isfinite(data).all():
-            raise TemplateError(f"{path}: holds NaN or infinite values; a label map holds integers")
-        rounded = np.rint(data)
-        off = float(np.abs(data - rounded).max())
-        if off > 1e-3:
-            raise TemplateError(
-                f"{path}: holds non-integer values (off by up to {off:.3g}); it may be an image, or have been "
-                "resampled with interpolation: use nearest-neighbour"
-            )
-        data = rounded.astype(np.int32)
+        volume = canonical(load_volume(path))
+    except InputError as error:
+        raise TemplateError(str(error)) from None
+    data = volume.data
+    if not np.isfinite(data).all():
+        raise TemplateError(f"{path}: holds NaN or infinite values; a label map holds integers")
+    rounded = np.rint(data)
+    off = float(np.abs(data - rounded).max())
+    if off > 1e-3:
+        raise TemplateError(
+            f"{path}: holds non-integer values (off by up to {off:.3g}); it may be an image, or have been "
+            "resampled with interpolation: use nearest-neighbour"
+        )
     if data.min() < 0:
-        raise TemplateError(f"{path}: holds negative ids (down to {data.min()})")
-    if not data.any():
-        raise TemplateError(f"{path}: is empty (all background)")
-    return data, image.affine
+        raise TemplateError(f"{path}: holds negative ids (down to {data.min():g}); ids begin at 0 (background)")
+    return Volume(np.ascontiguousarray(rounded.astype(np.int32)), volume.affine, warnings=volume.warnings)
 
 
 def label_map_files(folder: Path) -> list[Path]:
@@ -95,13 +89,17 @@ def _folder_scheme(file: Path) -> str | None:
 
 
 def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], list[str]]:
-    """What is wrong with a folder of label maps: (problems, notes), each one line that names the file."""
+    """What is wrong with a folder of label maps: (problems, notes), each one line that names the file.
+
+    Maps of one folder must share their voxel size, and an ``image.nii.gz`` beside a map its grid; imported templates
+    (each in a folder of its own) may differ.
+    """
     problems: list[str] = []
     notes: list[str] = []
-    geometry: dict[Path, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+    geometry: dict[Path, Volume] = {}
     for file in label_map_files(folder):
         try:
-            data, affine = read_label_map(file)
+            volume = read_label_map(file)
         except TemplateError as error:
             problems.append(str(error))
             continue
@@ -110,34 +108,44 @@ def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], li
             problems.append(f"{file}: its scheme is not known; name it with --scheme head|brainweb|siam16|FILE.json")
             continue
         try:
-            load_scheme(name).to_index(data, str(file))
+            load_scheme(name).to_index(volume.data, str(file))
         except LabelError as error:
             problems.append(str(error))
-        if nib.load(file).get_data_dtype().kind == "f":
-            notes.append(f"{file}: integers stored as {nib.load(file).get_data_dtype()} (fine)")
-        spacing = tuple(float(x) for x in np.round(nib.affines.voxel_sizes(affine), 3))
-        geometry[file] = (data.shape, spacing)
-        companion = next((p for p in (file.with_name("image.nii.gz"),) if p.is_file()), None)
-        if companion is not None:
-            image = nib.as_closest_canonical(nib.load(companion))
-            if image.shape[:3] != data.shape or not np.allclose(image.affine, affine, atol=1e-3):
-                problems.append(f"{companion}: shape or affine differs from {file.name}; both must be on one grid")
-        islands = _speckle(data > 0)
-        if islands:
-            notes.append(f"{file}: {islands} voxels lie apart from the head; 'templates import' removes them")
-    spacings = {g[1] for g in geometry.values()}
-    if len(spacings) > 1 and _folder_scheme(next(iter(geometry))) is None:
-        for file, (shape, spacing) in geometry.items():
-            problems.append(f"{file}: shape {shape}, voxels {spacing} mm: maps of one folder must share their voxel size")
-    return problems, notes
+        notes += [f"{file}: {warning}" for warning in volume.warnings]
+        if file.name != "labels.nii.gz":
+            geometry[file] = volume
+        problems += _image_mismatch(file, volume)
+        apart = int((volume.data != keep_head(volume.data)).sum())
+        if apart:
+            notes.append(f"{file}: {apart} voxels lie apart from the head; 'templates import' removes them")
+    return problems + _odd_ones_out(geometry), notes
 
 
-def _speckle(head: np.ndarray) -> int:
-    components, count = ndimage.label(head)
-    if count < 2:
-        return 0
-    sizes = np.bincount(components.ravel())[1:]
-    return int(sizes.sum() - sizes.max())
+def _image_mismatch(file: Path, labels: Volume) -> list[str]:
+    image = file.with_name("image.nii.gz")
+    if not image.is_file():
+        return []
+    try:
+        other = canonical(load_volume(image))
+    except InputError as error:
+        return [str(error)]
+    if other.data.shape == labels.data.shape and np.allclose(other.affine, labels.affine, atol=1e-3):
+        return []
+    return [f"{image}: shape or affine differs from {file.name}; both must be on one grid"]
+
+
+def _odd_ones_out(volumes: dict[Path, Volume]) -> list[str]:
+    """Maps whose voxel size or shape is not that of most maps of the folder."""
+    kinds = {file: (tuple(np.round(v.spacing_mm, 3).tolist()), v.data.shape) for file, v in volumes.items()}
+    if not kinds:
+        return []
+    (spacing, shape), _ = Counter(kinds.values()).most_common(1)[0]
+    return [
+        f"{file}: {kind[1]} voxels of {kind[0]} mm, but most maps of the folder are {shape} of {spacing} mm; "
+        "keep maps of different grids in different folders"
+        for file, kind in kinds.items()
+        if kind != (spacing, shape)
+    ]
 
 
 def keep_head(data: np.ndarray) -> np.ndarray:
@@ -168,17 +176,15 @@ def _crop_to_head(data: np.ndarray, affine: np.ndarray, margin: int = 2) -> tupl
 def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Path:
     """Bring one label map into the project's format; returns the new template's folder. Written whole or not at all."""
     table = load_scheme(scheme)
-    data, affine = read_label_map(file)
-    table.to_index(data, str(file))
-    data = keep_head(data)
+    volume = read_label_map(file)
+    table.to_index(volume.data, str(file))
+    data = keep_head(volume.data)
     derived: dict[str, str] = {}
     if DURA_ID in table.index_of and not (data == DURA_ID).any():
-        data = add_dura(data, nib.affines.voxel_sizes(affine))
+        data = add_dura(data, np.array(volume.spacing_mm))
         derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
-    data, affine = _crop_to_head(data, affine)
-    name = file.name.removesuffix(".gz").removesuffix(".nii")
-    if name == "labels":
-        name = file.parent.name
+    data, affine = _crop_to_head(data, volume.affine)
+    name = _template_name(file)
     target = out / name
     if target.exists():
         raise TemplateError(f"{target}: exists already; remove it or choose another output folder")
@@ -188,16 +194,13 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         "name": name,
         "scheme": scheme,
         "derived": derived,
-        "source": source or str(file.name),
+        "source": source or file.name,
         "labels": {str(i): table[int(i)].name for i in present},
     }
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as draft:
         folder = Path(draft) / name
         folder.mkdir()
-        dtype = np.uint8 if present.max() < 256 else np.uint16
-        image = nib.Nifti1Image(data.astype(dtype), affine)
-        image.header.set_xyzt_units("mm")
-        nib.save(image, folder / "labels.nii.gz")
+        save_label_map(folder / "labels.nii.gz", data, Volume(data, affine), present)
         (folder / "labels.json").write_text(json.dumps(record, indent=2) + "\n")
         lines = [f"# {name}", "", f"Imported from `{file.name}` with scheme `{scheme}`."]
         lines += [f"Derived, not drawn: {table[int(i)].name} = {how}." for i, how in derived.items()]
@@ -206,13 +209,25 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
     return target
 
 
-def import_templates(source: Path, scheme: str, out: Path) -> list[Path]:
+def _template_name(file: Path) -> str:
+    name = image_stem(file)
+    return file.parent.name if name == "labels" else name
+
+
+def import_templates(
+    source: Path, scheme: str, out: Path, on_done: Callable[[Path], None] = lambda folder: None
+) -> list[Path]:
     """Import a label map or every one of a folder. All are checked before the first is written."""
     files = [source] if source.is_file() else label_map_files(source)
     for file in files:
-        data, _ = read_label_map(file)
-        load_scheme(scheme).to_index(data, str(file))
-    return [import_template(file, scheme, out) for file in files]
+        load_scheme(scheme).to_index(read_label_map(file).data, str(file))
+        if (out / _template_name(file)).exists():
+            raise TemplateError(f"{out / _template_name(file)}: exists already; remove it or choose another folder")
+    folders = []
+    for file in files:
+        folders.append(import_template(file, scheme, out))
+        on_done(folders[-1])
+    return folders
 
 
 def find_template(name: str | Path) -> Path:
@@ -221,8 +236,8 @@ def find_template(name: str | Path) -> Path:
         if (folder / "labels.nii.gz").is_file():
             return folder
     raise TemplateError(
-        f"{name}: not a template (a folder with labels.nii.gz and labels.json); shipped: {', '.join(shipped_templates())}. "
-        "Make one with 'synthseg templates import'"
+        f"{name}: not a template (a folder with labels.nii.gz and labels.json); "
+        f"shipped: {', '.join(shipped_templates())}. Make one with 'synthseg templates import'"
     )
 
 
@@ -249,11 +264,11 @@ def load_template(folder: str | Path) -> Template:
     except (OSError, ValueError, KeyError) as error:
         raise TemplateError(f"{path / 'labels.json'}: cannot be read ({error}); import the template anew") from None
     table = load_scheme(path / scheme if str(scheme).endswith(".json") else scheme)
-    data, affine = read_label_map(path / "labels.nii.gz")
-    index = np.pad(table.to_index(data, str(path / "labels.nii.gz")), 1)
+    volume = read_label_map(path / "labels.nii.gz")
+    index = np.pad(table.to_index(volume.data, str(path / "labels.nii.gz")), 1)
     brain_tissues = {"wm", "gm", "ventricle", "cerebellar_gm"}
     brain = np.isin(index, [i for i, x in enumerate(table.labels) if x.tissue in brain_tissues])
     box = ndimage.find_objects((brain if brain.any() else index > 0).astype(np.uint8))[0]
-    center = tuple((s.start + s.stop - 1) / 2 for s in box)
-    spacing = tuple(float(s) for s in nib.affines.voxel_sizes(affine))
-    return Template(path.name, torch.from_numpy(np.ascontiguousarray(index)), table, spacing, center, record.get("derived", {}))  # type: ignore[arg-type]
+    center = tuple((side.start + side.stop - 1) / 2 for side in box)
+    labels = torch.from_numpy(np.ascontiguousarray(index))
+    return Template(path.name, labels, table, volume.spacing_mm, center, record.get("derived", {}))  # type: ignore[arg-type]

@@ -361,6 +361,19 @@ def save_label_map(path: str | Path, labels: np.ndarray, like: Volume, ids: Sequ
         nib.save(image, temporary)
 
 
+def save_image(path: str | Path, volume: Volume) -> None:
+    """Write an image as float32 NIfTI or MGH. The file is written whole or not at all."""
+    suffix = (image_suffix(Path(path)) or "").lower()
+    if not suffix:
+        raise OutputError(f"{path}: not an image name; end it in {', '.join(IMAGE_SUFFIXES)}")
+    kind = nib.MGHImage if suffix.startswith(".mg") else nib.Nifti1Image
+    image = kind(volume.data.astype(np.float32), volume.affine)
+    if isinstance(image, nib.Nifti1Image):
+        image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
 def _label_image(labels: np.ndarray, like: Volume, freesurfer: bool) -> SpatialImage:
     if freesurfer:
         return nib.MGHImage(labels, like.affine)

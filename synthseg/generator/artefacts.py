@@ -44,8 +44,10 @@ def _range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return flat.amin(1).view(shape), flat.amax(1).view(shape)
 
 
-def slice_matrices(n: int, voxel_mm: float, spacing_mm: float, thickness_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Acquisition along one axis: (n_slices, n) averaging by a box of ``thickness_mm``, and (n, n_slices) linear return."""
+def slice_matrices(
+    n: int, voxel_mm: float, spacing_mm: float, thickness_mm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Acquisition along one axis: averaging by a box of ``thickness_mm`` (n_slices, n), linear return (n, n_slices)."""
     count = max(1, round(n * voxel_mm / spacing_mm))
     voxel = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
     slices = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) * (spacing_mm / voxel_mm)

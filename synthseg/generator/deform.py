@@ -62,7 +62,10 @@ def coordinates(
     moved = torch.einsum("ij,jdhw->idhw", matrix, position) + shift[:, None, None, None]
     if plan.flip:
         moved = moved * torch.tensor([-1.0, 1.0, 1.0], device=device)[:, None, None, None]
-    voxels = moved * scale[:, None, None, None] + torch.tensor(center, dtype=torch.float32, device=device)[:, None, None, None]
+    voxels = (
+        moved * scale[:, None, None, None]
+        + torch.tensor(center, dtype=torch.float32, device=device)[:, None, None, None]
+    )
     return resize(voxels[None], shape)[0]
 
 

@@ -21,7 +21,21 @@ from synthseg.errors import ConfigError
 from synthseg.labels import LabelTable
 
 BRAIN_TISSUES = frozenset(
-    "wm gm ventricle cerebellar_gm thalamus caudate putamen pallidum hippocampus amygdala accumbens brainstem lesion".split()
+    [
+        "wm",
+        "gm",
+        "ventricle",
+        "cerebellar_gm",
+        "thalamus",
+        "caudate",
+        "putamen",
+        "pallidum",
+        "hippocampus",
+        "amygdala",
+        "accumbens",
+        "brainstem",
+        "lesion",
+    ]
 )
 # tissue -> the tissue that it may share its mean with
 LOOK_ALIKES = {
@@ -204,7 +218,11 @@ def sample_contrast(
     spread["air"] = 0.0 if means["air"] == 0.0 else 0.3 * spread["air"]
     rough["air"] = 0.0
     keep_csf = draw.chance(0.6)
-    stripped_tissues = BRAIN_TISSUES | ({"csf"} if keep_csf else frozenset()) | ({"vessel", "vein", "artery"} if draw.chance(0.3) else frozenset())
+    stripped_tissues = (
+        BRAIN_TISSUES
+        | ({"csf"} if keep_csf else frozenset())
+        | ({"vessel", "vein", "artery"} if draw.chance(0.3) else frozenset())
+    )
     visible = tuple(not strip or label.tissue in stripped_tissues or label.id == 0 for label in table.labels)
     if strip:
         means["air"], spread["air"] = 0.0, 0.0
@@ -220,7 +238,9 @@ def sample_contrast(
     )
 
 
-def sample_artefacts(config: ArtefactConfig, voxel_size_mm: float, extent_mm: tuple[float, ...], draw: Draw) -> ArtefactPlan:
+def sample_artefacts(
+    config: ArtefactConfig, voxel_size_mm: float, extent_mm: tuple[float, ...], draw: Draw
+) -> ArtefactPlan:
     bias_std = draw.uniform(*config.bias_std)
     bias = draw.field(1, extent_mm, draw.uniform(*config.bias_spacing_mm), bias_std) if bias_std > 0 else None
     spacing = [voxel_size_mm] * 3

@@ -1,6 +1,6 @@
 """render(templates, plans) -> images and labels: pure, batched, the same for the same plans.
 
-    coordinates -> labels at the points of each voxel -> intensities -> bias, gamma, acquisition, field of view
+coordinates -> labels at the points of each voxel -> intensities -> bias, gamma, acquisition, field of view
 """
 
 from __future__ import annotations

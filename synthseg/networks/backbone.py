@@ -109,7 +109,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> Non
     """Copy weights in place. Raises ValueError if a name is missing or left over, or a shape differs."""
     own = weights_of(network)
     if set(own) != set(weights):
-        raise ValueError(f"missing {sorted(set(own) - set(weights))[:3]}, unknown {sorted(set(weights) - set(own))[:3]}")
+        raise ValueError(
+            f"missing {sorted(set(own) - set(weights))[:3]}, unknown {sorted(set(weights) - set(own))[:3]}"
+        )
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""The file of a trained network: weights, config, label table, templates, seed, versions and figures in one safetensors.
+"""The file of a trained network: weights, config, label table, templates, versions and figures in one safetensors.
 
 Nothing is unpickled, so a weights file cannot run code.
 """
@@ -72,10 +72,14 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, json.loads(metadata["record"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a synthseg weights file, or damaged ({' '.join(str(error).split())})") from None
+        raise CheckpointError(
+            f"{path}: not a synthseg weights file, or damaged ({' '.join(str(error).split())})"
+        ) from None
 
 
-def save_model(path: Path, network: SegmentationNetwork, config: TrainConfig, labels: LabelTable, extra: dict[str, Any]) -> None:
+def save_model(
+    path: Path, network: SegmentationNetwork, config: TrainConfig, labels: LabelTable, extra: dict[str, Any]
+) -> None:
     """Save weights as float16 with all that inference needs."""
     record = {"format": FORMAT, "config": config.model_dump(mode="json"), "labels": labels.to_dict(), **extra}
     weights = {k: v.half() if v.is_floating_point() else v for k, v in weights_of(network).items()}
@@ -112,14 +116,18 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
     path = model_path(name_or_path)
     tensors, record = read_tensors(path)
     if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {record.get('format')!r}; update synthseg or the file")
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT}, got {record.get('format')!r}; update synthseg or the file"
+        )
     config = parse(TrainConfig, record["config"], str(path))
     labels = LabelTable.from_dict(record["labels"])
     network = SegmentationNetwork(config.network, len(labels))
     try:
         load_weights(network, tensors)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(
+            f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})"
+        ) from None
     return Model(
         network=network.to(device).eval(),
         labels=labels,

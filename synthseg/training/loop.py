@@ -76,9 +76,11 @@ def validation_table(
     table: dict[str, dict[str, float]] = {}
     quiet = config.generator.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
     for number, contrast in enumerate(contrasts):
-        weights = {"random_weight": 1.0, "named_weights": {}} if contrast.startswith("random") else {
-            "random_weight": 0.0, "named_weights": {contrast: 1.0}
-        }
+        weights = (
+            {"random_weight": 1.0, "named_weights": {}}
+            if contrast.startswith("random")
+            else {"random_weight": 0.0, "named_weights": {contrast: 1.0}}
+        )
         generator = config.generator.model_copy(
             update={"contrast": config.generator.contrast.model_copy(update=weights), "artefacts": quiet}
         )
@@ -87,7 +89,9 @@ def validation_table(
         for template in templates:
             index, groups = group_table(template.table, target)
             if len(groups) != len(target):
-                raise ConfigError(f"validation_templates: {template.name} cannot tell all classes of {target.name} apart")
+                raise ConfigError(
+                    f"validation_templates: {template.name} cannot tell all classes of {target.name} apart"
+                )
             plan = sample_plan(generator, template.name, template.table, 977, number * 1000 + len(scores))
             image, labels = render([template], [plan])
             with torch.no_grad():
@@ -99,9 +103,13 @@ def validation_table(
             size = (torch.bincount(truth, minlength=n) + torch.bincount(guess, minlength=n)).double().numpy()
             overlap += both
             total += size
-            scores.append(np.where(torch.bincount(truth, minlength=n).numpy() > 0, 2 * both / np.maximum(size, 1), np.nan))
+            scores.append(
+                np.where(torch.bincount(truth, minlength=n).numpy() > 0, 2 * both / np.maximum(size, 1), np.nan)
+            )
         mean = np.nanmean(np.stack(scores), axis=0)
-        table[contrast] = {target.names[c]: round(float(mean[c]), 4) for c in range(1, len(target)) if np.isfinite(mean[c])}
+        table[contrast] = {
+            target.names[c]: round(float(mean[c]), 4) for c in range(1, len(target)) if np.isfinite(mean[c])
+        }
     return table
 
 
@@ -113,7 +121,9 @@ def mean_dice(table: dict[str, dict[str, float]]) -> float:
 class Trainer:
     """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path."""
 
-    def __init__(self, config: TrainConfig, folder: Path, device: str = "cpu", resume: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, device: torch.device | str = "cpu", resume: bool = False
+    ) -> None:
         check(config)
         self.config = config
         self.folder = folder
@@ -122,16 +132,21 @@ class Trainer:
         self.held_out = [load_template(path) for path in expand(config.validation_templates)]
         shared = {t.name for t in self.templates} & {t.name for t in self.held_out}
         if shared:
-            raise ConfigError(f"validation_templates: {sorted(shared)} are also trained on; a held-out figure needs others")
+            raise ConfigError(
+                f"validation_templates: {sorted(shared)} are also trained on; a held-out figure needs others"
+            )
         precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
-        accelerator = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}[device]
-        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+        where = torch.device(device)
+        devices: Any = [where.index or 0] if where.type == "cuda" else 1
+        self.fabric = Fabric(accelerator=where.type, devices=devices, precision=precision)
         torch.manual_seed(config.seed)
         self.plain = SegmentationNetwork(config.network, len(self.target))
         self.state = RunState()
         if config.init and not resume:
             weights, _ = read_tensors(model_path(config.init))
-            kept, fresh = transfer(self.plain, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+            kept, fresh = transfer(
+                self.plain, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+            )
             log.info("%d tensors taken from %s, %d start anew", kept, config.init, len(fresh))
         optimiser = make_optimiser(self.plain, config.optimiser)
         self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
@@ -149,7 +164,9 @@ class Trainer:
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        save_tensors(self._state_file, tensors, {"state": vars(self.state), "config": self.config.model_dump(mode="json")})
+        save_tensors(
+            self._state_file, tensors, {"state": vars(self.state), "config": self.config.model_dump(mode="json")}
+        )
 
     def _resume(self) -> None:
         tensors, record = read_tensors(self._state_file)
@@ -184,6 +201,36 @@ class Trainer:
             "train_seconds": round(self.state.seconds, 1),
             "validation": self.state.validation,
         }
+
+    def describe(self) -> str:
+        """What will be trained, in one line."""
+        config = self.config
+        shape = " x ".join(map(str, config.generator.shape))
+        return (
+            f"{config.name}: {len(self.target)} classes of {self.target.name}, {len(self.templates)} templates, "
+            f"{shape} voxels of {config.generator.voxel_size_mm:g} mm, {self.manifest()['parameters'] / 1e6:.1f} M "
+            f"parameters on {self.fabric.device}, step {self.state.step} of {config.steps}, in {self.folder}"
+        )
+
+    def draw_first_batch(self, path: Path) -> Path:
+        """A picture of the next batch, to look at before training: image and classes in three planes."""
+        import matplotlib.pyplot as plt
+
+        batch = SyntheticStream(self.config, self.templates, self.target).batch(self.state.step)
+        rows = len(batch.images)
+        figure, axes = plt.subplots(rows, 6, figsize=(15, 2.7 * rows), squeeze=False)
+        for row, (image, target) in enumerate(zip(batch.images[:, 0], batch.targets, strict=True)):
+            for axis in range(3):
+                middle = image.shape[axis] // 2
+                show = {"origin": "lower", "interpolation": "nearest"}
+                axes[row, axis].imshow(image.select(axis, middle).T, cmap="gray", vmin=0, vmax=1, **show)
+                axes[row, 3 + axis].imshow(target.select(axis, middle).T, cmap="nipy_spectral", **show)
+        for ax in axes.flat:
+            ax.axis("off")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=80, bbox_inches="tight")
+        plt.close(figure)
+        return path
 
     # -- work ------------------------------------------------------------------------------------------------------
     def step(self, batch: Any) -> tuple[float, float]:
@@ -242,9 +289,12 @@ class Trainer:
         writer = SummaryWriter(str(self.folder))
         history = (self.folder / "log.csv").open("a")
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f} dice {task.fields[dice]:.3f} val {task.fields[best]:.3f}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         last = min(until or config.steps, config.steps)
         loss_mean, dice_mean, saved = 0.0, 0.0, time.monotonic()

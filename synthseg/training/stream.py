@@ -19,7 +19,7 @@ from synthseg.templates import Template
 
 @dataclass
 class Batch:
-    """images (B, 1, D, H, W) float32 in [0, 1]; targets (B, D, H, W) uint8 group indices; groups: (G, C) bool for each image."""
+    """images (B, 1, D, H, W) float32 in [0, 1]; targets (B, D, H, W) uint8 group indices; groups (G, C) bool each."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -84,6 +84,4 @@ def loader(stream: SyntheticStream) -> Iterator[Batch]:
     workers = stream.config.workers
     if workers == 0:
         return iter(stream)
-    return iter(
-        DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2, worker_init_fn=_one_thread)
-    )
+    return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2, worker_init_fn=_one_thread))

@@ -1,0 +1,203 @@
+"""The contract of every generator stage: (B, C, D, H, W) in and out, dtype and device kept, input not modified,
+a batch of n equals n singles, strength 0 is the identity. A new stage is one more line in ``STAGES``."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from synthseg.config import GeneratorConfig
+from synthseg.generator import artefacts
+from synthseg.generator.contrast import paint
+from synthseg.generator.deform import coordinates, exponential, read_labels
+from synthseg.generator.plan import ArtefactPlan, ContrastPlan, DeformPlan, Field3D, sample_plan
+from synthseg.generator.synthesis import render
+from synthseg.templates import Template
+
+SHAPE = (7, 9, 11)
+VOXEL_MM = 1.5
+IDLE = ArtefactPlan(
+    log_bias=None,
+    gamma=1.0,
+    spacing_mm=(VOXEL_MM,) * 3,
+    thickness_mm=(0.0,) * 3,
+    noise_std=0.0,
+    noise_seed=5,
+    crop=((0.0, 1.0),) * 3,
+)
+
+
+def bumps(seed: int, std: float, channels: int = 1) -> Field3D:
+    return Field3D.of(std * torch.randn((channels, 2, 4, 3), generator=torch.manual_seed(seed)))
+
+
+@dataclass
+class Stage:
+    """A stage, the plan fields that make image ``b`` of a batch strong, and those that write strength 0 explicitly."""
+
+    apply: Callable[[torch.Tensor, Sequence[ArtefactPlan]], torch.Tensor]
+    strong: Callable[[int], dict[str, Any]]
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    def plans(self, n: int) -> list[ArtefactPlan]:
+        return [IDLE.model_copy(update=self.strong(b)) for b in range(n)]
+
+
+def acquire(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
+    return artefacts.acquire(image, plans, VOXEL_MM)
+
+
+def seen(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
+    mask = artefacts.field_of_view(image, plans)
+    assert mask.dtype == torch.bool
+    return image.masked_fill(~mask, 0)
+
+
+STAGES = {
+    "bias_field": Stage(artefacts.bias_field, lambda b: {"log_bias": bumps(b, 0.5)}, {"log_bias": bumps(0, 0.0)}),
+    "gamma": Stage(artefacts.gamma, lambda b: {"gamma": 0.6 + 0.5 * b}),
+    "slices": Stage(acquire, lambda b: {"spacing_mm": (4.0 + b, 1.5, 1.5), "thickness_mm": (3.0, 0.0, 0.0)}),
+    "isotropic": Stage(acquire, lambda b: {"spacing_mm": (3.0 + b,) * 3, "thickness_mm": (3.0 + b,) * 3}),
+    "noise": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b}),
+    "noisy slices": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b, "spacing_mm": (1.5, 4.0, 1.5)}),
+    "field_of_view": Stage(seen, lambda b: {"crop": ((0.0, 1.0), (0.3, 1.0), (0.0, 0.6 - 0.1 * b))}),
+}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request: pytest.FixtureRequest) -> Stage:
+    return STAGES[request.param]
+
+
+def batch_of(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand((n, 1, *SHAPE), generator=torch.manual_seed(3)).to(device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_dtype_and_device_are_kept(stage: Stage, device: torch.device, dtype: torch.dtype) -> None:
+    image = batch_of(2, device, dtype)
+    out = stage.apply(image, stage.plans(2))
+    assert out.shape == image.shape
+    assert out.dtype == dtype
+    assert out.device.type == device.type
+    assert torch.isfinite(out).all()
+
+
+def test_input_is_not_modified(stage: Stage, device: torch.device) -> None:
+    image = batch_of(2, device)
+    before = image.clone()
+    out = stage.apply(image, stage.plans(2))
+    out.fill_(7)  # the result is not a view of the input either
+    assert torch.equal(image, before)
+
+
+def test_batch_equals_singles(stage: Stage, device: torch.device) -> None:
+    image = batch_of(3, device)
+    plans = stage.plans(3)
+    together = stage.apply(image, plans)
+    singles = torch.cat([stage.apply(image[b : b + 1], plans[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(together, singles, rtol=1e-6, atol=1e-6)
+
+
+def test_strength_zero_is_the_identity(stage: Stage, device: torch.device) -> None:
+    image = batch_of(2, device) - 0.3  # negative values too: the identity has no favourite range
+    assert torch.equal(stage.apply(image, [IDLE, IDLE]), image)
+    torch.testing.assert_close(stage.apply(image, [IDLE.model_copy(update=stage.zero)] * 2), image, rtol=0, atol=0)
+
+
+def test_full_strength_changes_the_image(stage: Stage, device: torch.device) -> None:
+    image = batch_of(2, device)
+    out = stage.apply(image, stage.plans(2))
+    assert ((out - image).abs().amax((1, 2, 3, 4)) > 0.05).all()
+    assert not torch.equal(out[0] - image[0], out[1] - image[1])  # each image follows its own plan
+
+
+def test_one_strong_image_leaves_its_neighbour_alone(stage: Stage, device: torch.device) -> None:
+    image = batch_of(2, device)
+    out = stage.apply(image, [stage.plans(1)[0], IDLE])
+    assert not torch.equal(out[0], image[0])
+    assert torch.equal(out[1], image[1])
+
+
+def test_the_same_plan_twice_is_the_same_image(stage: Stage, device: torch.device) -> None:
+    image = batch_of(2, device)
+    torch.manual_seed(1)
+    first = stage.apply(image, stage.plans(2))
+    torch.manual_seed(2)  # the global state plays no part
+    assert torch.equal(first, stage.apply(image, stage.plans(2)))
+
+
+# ---------------------------------------------------------------- stages between labels and image
+
+
+def contrast_plan(n_labels: int, std: float, texture_std: float) -> ContrastPlan:
+    return ContrastPlan(
+        name="random",
+        mean=tuple(0.1 * i for i in range(n_labels)),
+        std=(std,) * n_labels,
+        texture_std=(texture_std,) * n_labels,
+        texture=bumps(4, 1.0),
+        noise_seed=9,
+        visible=(True,) * n_labels,
+    )
+
+
+def some_labels(device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 6, SHAPE, generator=torch.manual_seed(0), dtype=torch.uint8).to(device)
+
+
+def test_paint_keeps_shape_and_device_and_does_not_modify(device: torch.device) -> None:
+    labels = some_labels(device)
+    before = labels.clone()
+    out = paint([labels, labels.flip(0)], contrast_plan(6, 0.1, 0.1))
+    assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.float32, device.type)
+    assert torch.equal(labels, before)
+
+
+def test_paint_of_strength_zero_is_a_lookup(device: torch.device) -> None:
+    labels = some_labels(device)
+    out = paint([labels], contrast_plan(6, 0.0, 0.0))
+    np.testing.assert_allclose(out.cpu().numpy(), 0.1 * labels.cpu().numpy(), atol=1e-7)
+    assert not torch.equal(out, paint([labels], contrast_plan(6, 0.1, 0.0)))
+    assert not torch.equal(out, paint([labels], contrast_plan(6, 0.0, 0.1)))
+
+
+def test_coordinates_of_strength_zero_are_the_grid(device: torch.device) -> None:
+    rows = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    plan = DeformPlan(matrix=rows, shift_mm=(0.0, 0.0, 0.0), velocity_mm=None, flip=False)
+    out = coordinates(plan, SHAPE, 1.0, (3.0, 4.0, 5.0), (1.0, 1.0, 1.0), device)  # the centre of SHAPE
+    assert (out.shape, out.dtype, out.device.type) == ((3, *SHAPE), torch.float32, device.type)
+    np.testing.assert_allclose(out.cpu().numpy(), np.indices(SHAPE), atol=1e-5)
+    still = plan.model_copy(update={"velocity_mm": bumps(0, 0.0, 3)})
+    assert torch.equal(coordinates(still, SHAPE, 1.0, (3.0, 4.0, 5.0), (1.0, 1.0, 1.0), device), out)
+
+
+def test_velocity_and_labels_are_not_modified(device: torch.device) -> None:
+    velocity = bumps(1, 2.0, 3).tensor(device)[None]
+    labels, coords = some_labels(device), torch.from_numpy(np.indices(SHAPE)).float().to(device) + 0.3
+    kept = [x.clone() for x in (velocity, labels, coords)]
+    exponential(velocity, (4.0, 5.0, 6.0))
+    out = read_labels(labels, coords, torch.tensor([0.1, 0.0, -0.1]))
+    assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.uint8, device.type)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (velocity, labels, coords), strict=True))
+
+
+def test_render_keeps_the_contract(tiny_template: Template, device: torch.device) -> None:
+    config = GeneratorConfig(voxel_size_mm=2.0, shape=(12, 10, 14), subsamples=2)
+    plans = [sample_plan(config, "tiny", tiny_template.table, 3, index) for index in range(4)]
+    before = tiny_template.labels.clone()
+    images, labels = render([tiny_template] * 4, plans, device)
+    assert (images.shape, images.dtype) == ((4, 1, 12, 10, 14), torch.float32)
+    assert (labels.shape, labels.dtype) == ((4, 12, 10, 14), torch.uint8)
+    assert images.device.type == labels.device.type == device.type
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(tiny_template.labels, before)
+    for b, plan in enumerate(plans):
+        image, label = render([tiny_template], [plan], device)
+        torch.testing.assert_close(image[0], images[b], rtol=1e-5, atol=1e-5)
+        assert torch.equal(label[0], labels[b])
+    assert len({label.sum().item() for label in labels}) > 1
