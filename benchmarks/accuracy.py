@@ -1,0 +1,168 @@
+"""Accuracy of a model on anatomy that it was not trained on; writes a JSON file and prints tables.
+
+    python benchmarks/accuracy.py --data ../shared --held-out DIR [--model siam16] [--out benchmarks/results/siam16.json]
+
+``--data`` holds ``scans/`` with colin27_t1, colin27_tissues, colin27_aal (MNI; github fangq/mcx; AAL),
+oasis_t1_stripped and its FreeSurfer aseg (github voxelmorph). ``--held-out`` holds imported templates that no
+training saw; each is rendered at 1 mm in five contrasts and goes through the whole of inference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from synthseg.allocator import tune_allocator
+
+tune_allocator()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from synthseg.config import TrainConfig, parse  # noqa: E402
+from synthseg.generator.export import grid_affine  # noqa: E402
+from synthseg.generator.plan import sample_plan  # noqa: E402
+from synthseg.generator.synthesis import render  # noqa: E402
+from synthseg.inference import segment  # noqa: E402
+from synthseg.metrics import dice_table  # noqa: E402
+from synthseg.networks.checkpoint import Model, load_model  # noqa: E402
+from synthseg.templates import expand, load_template  # noqa: E402
+from synthseg.volume import Volume, load_volume  # noqa: E402
+
+DEEP = {6, 7, 8, 9, 10, 11, 12}
+
+# (siam16 ids, reference ids). Cerebellum and deep nuclei are grey matter in the tissue map.
+COLIN_TISSUES = {
+    "GM (deep and cerebellar included)": ({1, 5} | DEEP, {4}),
+    "WM": ({2}, {5}),
+    "CSF (ventricles included)": ({3, 4}, {3}),
+    "Skull": ({15}, {2}),
+    "Scalp (head)": ({16}, {1}),
+}
+COLIN_AAL = {
+    "Hippocampus": ({12}, {37, 38}),
+    "Caudate": ({9}, {71, 72}),
+    "Putamen": ({8}, {73, 74}),
+    "Thalamus": ({6}, {77, 78}),
+}
+ASEG = {
+    "GM": ({1}, {3, 42}),
+    "WM": ({2}, {2, 41, 7, 46, 16, 28, 60, 77, 80, 85, 251, 252, 253, 254, 255}),
+    "Ventricular-CSF": ({4}, {4, 43, 5, 44, 14, 15, 31, 63, 72}),
+    "Cerebellar-GM": ({5}, {8, 47}),
+    "Thalamus": ({6}, {10, 49}),
+    "Pallidum": ({7}, {13, 52}),
+    "Putamen": ({8}, {12, 51}),
+    "Caudate": ({9}, {11, 50}),
+    "Accumbens": ({10}, {26, 58}),
+    "Amygdala": ({11}, {18, 54}),
+    "Hippocampus": ({12}, {17, 53}),
+}
+CONTRASTS = ("t1", "t2", "flair", "ct", "random")
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def real_scans(model: Model, scans: Path) -> dict[str, Any]:
+    """Dice on Colin27 and on the OASIS scan."""
+    colin = segment(load_volume(scans / "colin27_t1.nii.gz"), model)
+    oasis = segment(load_volume(scans / "oasis_t1_stripped.nii.gz"), model)
+
+    def ids(name: str) -> np.ndarray:
+        return load_volume(scans / name).data.astype(np.int32)
+
+    tissues = dice_table(colin.labels, ids("colin27_tissues.nii.gz"), COLIN_TISSUES)
+    nuclei = dice_table(colin.labels, ids("colin27_aal.nii.gz"), COLIN_AAL)
+    aseg = dice_table(oasis.labels, ids("oasis_t1_stripped_aseg.nii.gz"), ASEG)
+    return {
+        "colin27_tissues": rounded(tissues),
+        "colin27_aal": rounded(nuclei),
+        "oasis_aseg": rounded({**aseg, "mean": float(np.mean(list(aseg.values())))}),
+        "timings_s": {"colin27": rounded(colin.timings_s), "oasis": rounded(oasis.timings_s)},
+    }
+
+
+def held_out_maps(model: Model, folders: list[Path], contrasts: tuple[str, ...] = CONTRASTS) -> dict[str, Any]:
+    """Mean Dice over maps, per contrast and structure, of 1 mm renderings with whole heads in view."""
+    config = parse(TrainConfig, model.record["config"], "checkpoint").generator
+    quiet = config.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
+    base = config.model_copy(
+        update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1, "artefacts": quiet}
+    )
+    trained = set(model.record.get("templates", []))
+    rows: dict[str, list[dict[str, float]]] = {contrast: [] for contrast in contrasts}
+    for m, folder in enumerate(folders):
+        template = load_template(folder)
+        if template.name in trained:
+            sys.exit(f"{folder}: the model was trained on {template.name}; give templates that it has not seen")
+        to_target = model.labels.ids[template.table.mapping(model.labels)]
+        for c, contrast in enumerate(contrasts):
+            named = {} if contrast == "random" else {contrast: 1.0}
+            weights = {"random_weight": float(contrast == "random"), "named_weights": named}
+            generator = base.model_copy(update={"contrast": config.contrast.model_copy(update=weights)})
+            plan = sample_plan(generator, template.name, template.table, 2026, 100 * m + c)
+            image, labels = render([template], [plan])
+            result = segment(Volume(image[0, 0].numpy(), grid_affine(plan)), model)
+            groups = {x.name: ({x.id}, {x.id}) for x in model.labels.labels if x.id > 0}
+            scores = dice_table(result.labels, to_target[labels[0].numpy()], groups)
+            rows[contrast].append(scores)
+            print(f"  {template.name} {contrast}: {np.nanmean(list(scores.values())):.3f}", file=sys.stderr, flush=True)
+    names = [x.name for x in model.labels.labels if x.id > 0]
+    table = {
+        contrast: rounded({name: np.nanmean([scores[name] for scores in found]) for name in names})
+        for contrast, found in rows.items()
+    }
+    for row in table.values():
+        row["mean"] = round(float(np.nanmean(list(row.values()))), 4)
+    mean = round(float(np.mean([row["mean"] for row in table.values()])), 4)
+    return {"maps": [f.name for f in folders], "contrasts": table, "mean": mean}
+
+
+def print_table(title: str, rows: dict[str, float]) -> None:
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print(f"  {name:36s} {value:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="siam16")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--held-out", nargs="*", default=[])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = load_model(options.model)
+    start = time.perf_counter()
+    result: dict[str, Any] = {
+        "model": model.name,
+        "sha256": model.sha256,
+        "steps": model.record.get("steps"),
+        "train_seconds": model.record.get("train_seconds"),
+        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}",
+        **real_scans(model, options.data / "scans"),
+    }
+    for key in ("colin27_tissues", "colin27_aal", "oasis_aseg"):
+        print_table(key, result[key])
+    if options.held_out:
+        result["held_out"] = held_out_maps(model, expand(options.held_out))
+        print_table(
+            "held-out maps, mean per contrast", {c: r["mean"] for c, r in result["held_out"]["contrasts"].items()}
+        )
+        print(f"  mean {result['held_out']['mean']:.3f}")
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
