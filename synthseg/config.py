@@ -5,20 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from synthseg.errors import ConfigError
 from synthseg.paths import data_dir
 
 Range = tuple[float, float]
-Triple = tuple[int, int, int]
+Strength = Annotated[float, Field(ge=0)]
+Length = Annotated[float, Field(gt=0)]
+StrengthRange = tuple[Strength, Strength]
+LengthRange = tuple[Length, Length]
+Count = Annotated[int, Field(gt=0)]
+Triple = tuple[Count, Count, Count]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -41,7 +46,7 @@ class DeformConfig(Section):
     shear: float = Field(0.02, ge=0, lt=1)
     translation_mm: float = Field(15.0, ge=0, description="shift of the field of view against the brain centre")
     svf_std_mm: float = Field(4.0, ge=0, description="standard deviation of the velocity field is U[0, this]")
-    svf_spacing_mm: Range = Field((20.0, 60.0), description="spacing of the control points of the velocity field")
+    svf_spacing_mm: LengthRange = Field((20.0, 60.0), description="spacing of the control points of the velocity field")
     flip_probability: float = Field(0.5, ge=0, le=1, description="left/right flip, with the labels swapped")
 
 
@@ -49,29 +54,35 @@ class ContrastConfig(Section):
     """Intensity of each label: a Gaussian whose mean and spread are drawn per image."""
 
     random_weight: float = Field(0.5, ge=0, description="weight of fully random means against the named contrasts")
-    named_weights: dict[str, float] = Field(
+    named_weights: dict[str, Strength] = Field(
         default_factory=lambda: {"t1": 0.2, "t2": 0.1, "flair": 0.08, "pd": 0.04, "ct": 0.08}
     )
     mean: Range = Field((0.0, 1.0), description="means of the fully random contrasts")
-    std: Range = Field((0.0, 0.06), description="standard deviation inside a label")
-    texture_std: Range = Field((0.0, 0.08), description="amplitude of a smooth texture inside a label")
-    soft_texture_std: Range = Field(
+    std: StrengthRange = Field((0.0, 0.06), description="standard deviation inside a label")
+    texture_std: StrengthRange = Field((0.0, 0.08), description="amplitude of a smooth texture inside a label")
+    soft_texture_std: StrengthRange = Field(
         (0.0, 0.3), description="the same for soft tissue, where fat and muscle share a label"
     )
-    texture_spacing_mm: Range = (6.0, 30.0)
+    texture_spacing_mm: LengthRange = (6.0, 30.0)
     tie_probability: float = Field(
         0.35, ge=0, le=1, description="chance that a tissue takes the mean of its look-alike"
     )
     air_is_zero_probability: float = Field(0.5, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _something_can_be_drawn(self) -> ContrastConfig:
+        if self.random_weight + sum(self.named_weights.values()) <= 0:
+            raise ValueError("random_weight and named_weights are all 0; give at least one contrast a weight")
+        return self
+
 
 class ArtefactConfig(Section):
     """What the scanner and the storage do to an image."""
 
-    bias_std: Range = Field((0.0, 0.5), description="std of the log bias field on its coarse grid")
-    bias_spacing_mm: Range = (40.0, 120.0)
+    bias_std: StrengthRange = Field((0.0, 0.5), description="std of the log bias field on its coarse grid")
+    bias_spacing_mm: LengthRange = (40.0, 120.0)
     gamma_std: float = Field(0.3, ge=0, description="log gamma is N(0, this)")
-    noise_std: Range = Field((0.0, 0.05), description="Rician noise, relative to the largest mean")
+    noise_std: StrengthRange = Field((0.0, 0.05), description="Rician noise, relative to the largest mean")
     noise_probability: float = Field(0.8, ge=0, le=1)
     lowres_probability: float = Field(0.5, ge=0, le=1)
     lowres_isotropic_probability: float = Field(0.3, ge=0, le=1)
@@ -100,7 +111,7 @@ class NetworkConfig(Section):
     """
 
     architecture: Literal["dynunet", "segresnet", "unet"] = "dynunet"
-    channels: tuple[int, ...] = (32, 64, 128, 192)
+    channels: tuple[Count, ...] = Field((32, 64, 128, 192), min_length=1)
     residual: bool = False
     norm: Literal["instance", "group", "batch"] = "instance"
     subpixel: Literal[1, 2] = 2
@@ -127,7 +138,7 @@ class TrainConfig(Section):
 
     name: str = "model"
     scheme: str = Field("siam16", description="classes of the network")
-    templates: tuple[str, ...] = Field(("phantom",), description="names that ship, or folders of imported templates")
+    templates: tuple[str, ...] = Field(("phantom",), min_length=1, description="names that ship, or folders of imported templates")
     validation_templates: tuple[str, ...] = Field((), description="never trained on")
     seed: int = 0
     steps: int = Field(10_000, gt=0)
@@ -184,10 +195,15 @@ def set_by_path(record: dict[str, Any], assignment: str) -> None:
     node = record
     *parents, last = key.split(".")
     for part in parents:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:  # not there, or a section whose keys are all left out
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(f"--set {assignment}: '{part}' is not a section")
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

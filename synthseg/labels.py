@@ -127,8 +127,14 @@ class LabelTable:
                     f"scheme '{self.name}' does not say what {label.name} ({label.id}) is in '{target.name}'; "
                     f"add it under 'to' in the scheme file, or train with target scheme '{self.name}'"
                 )
-            for label_id in label.to[target.name]:
-                out[index, target.index_of[label_id]] = True
+            ids = label.to[target.name]
+            unknown = [label_id for label_id in ids if label_id not in target.index_of]
+            if unknown or not ids:
+                raise LabelError(
+                    f"scheme '{self.name}' says that {label.name} ({label.id}) is {list(ids)} of '{target.name}', "
+                    f"{f'which has no {unknown}' if unknown else 'which is nothing'}; mend 'to' in the scheme file"
+                )
+            out[index, [target.index_of[label_id] for label_id in ids]] = True
         return out
 
     def mapping(self, target: LabelTable) -> np.ndarray:
@@ -191,5 +197,5 @@ def load_scheme(name: str | Path) -> LabelTable:
             raise LabelError(f"there is no label scheme '{name}'; {hint}")
     try:
         return LabelTable.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabelError(f"{path}: not a label scheme ({error}); see schemes/siam16.json for the format") from error

@@ -43,6 +43,8 @@ def _body(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Modu
         "batch": ("BATCH", {"affine": True}),
     }[config.norm]
     if config.architecture == "dynunet":
+        if levels < 3:
+            raise ConfigError(f"network.channels: dynunet needs at least 3 levels, got {channels}")
         if config.norm == "group":
             raise ConfigError("network.norm 'group' needs equal divisors on every level; use 'instance' with dynunet")
         return DynUNet(

@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> None:
             f"generator.shape {list(config.generator.shape)} must be divisible by {multiple} for "
             f"{len(config.network.channels)} levels with subpixel {config.network.subpixel}; try {fitting}"
         )
-    load_scheme(config.scheme)
+    SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
 
 
 def validation_table(

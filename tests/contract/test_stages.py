@@ -58,7 +58,7 @@ def seen(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
 
 STAGES = {
     "bias_field": Stage(artefacts.bias_field, lambda b: {"log_bias": bumps(b, 0.5)}, {"log_bias": bumps(0, 0.0)}),
-    "gamma": Stage(artefacts.gamma, lambda b: {"gamma": 0.6 + 0.5 * b}),
+    "gamma": Stage(artefacts.gamma, lambda b: {"gamma": 0.5 + b}),
     "slices": Stage(acquire, lambda b: {"spacing_mm": (4.0 + b, 1.5, 1.5), "thickness_mm": (3.0, 0.0, 0.0)}),
     "isotropic": Stage(acquire, lambda b: {"spacing_mm": (3.0 + b,) * 3, "thickness_mm": (3.0 + b,) * 3}),
     "noise": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b}),

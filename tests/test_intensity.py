@@ -1,0 +1,144 @@
+"""Intensity normalisation and the recognition of CT."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synthseg.intensity import looks_like_hounsfield, normalise
+
+
+def scan(air: float = 0.0, tissue: float = 100.0, bright: float = 200.0, noise: float = 3.0) -> torch.Tensor:
+    """An air-filled box with a head of two tissues in it, (20, 24, 22)."""
+    rng = np.random.default_rng(0)
+    data = np.full((20, 24, 22), air)
+    data[4:16, 4:20, 4:18] = tissue
+    data[8:12, 8:14, 8:14] = bright
+    return torch.from_numpy(data + noise * rng.standard_normal(data.shape)).float()
+
+
+# ---------------------------------------------------------------- CT
+
+
+@pytest.mark.parametrize("padding", [-1000.0, -1024.0, -2000.0, -3024.0])
+def test_ct_is_recognised(padding: float) -> None:
+    ct = scan(-1000, 30, 900)
+    ct[:2] = padding  # what lies outside the scanner's circle
+    assert looks_like_hounsfield(ct)
+
+
+def test_ct_with_little_air_is_recognised() -> None:
+    ct = scan(-1000, 30, 900)[2:18, 2:22, 2:20]
+    assert 0.02 < (ct < -700).float().mean() < 0.6
+    assert looks_like_hounsfield(ct)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        scan(),
+        scan(0, 1000, 3000),
+        scan(-1.2, 0.4, 2.5, 0.1),  # z-scores
+        scan(-100, 30, 900),  # air clipped by a viewer
+        scan(-1000, 30, 90),  # nothing as dense as bone
+        scan(-4096, 0, 4095),  # phase
+        scan(-30000, 100, 30000),
+        torch.zeros(5, 6, 7),
+        torch.full((5, 6, 7), -1000.0),
+        torch.full((5, 6, 7), float("nan")),
+    ],
+    ids=["mr", "bright mr", "z-scores", "clipped", "no bone", "phase", "large", "zeros", "constant", "nan"],
+)
+def test_what_is_not_ct(image: torch.Tensor) -> None:
+    assert not looks_like_hounsfield(image)
+
+
+def test_a_few_low_voxels_do_not_make_a_ct() -> None:
+    image = scan()
+    image[0, 0, :20] = -1000  # interpolation ringing, or a burned-in marker
+    assert not looks_like_hounsfield(image)
+
+
+# ---------------------------------------------------------------- normalise
+
+
+def test_range_and_order() -> None:
+    out = normalise(scan())
+    assert out.dtype == torch.float32
+    assert out.min() == 0
+    assert out.max() == 1
+    assert out[0].mean() < 0.05  # air
+    assert 0.3 < out[5, 5, 5] < 0.7
+    assert out[9, 9, 9] > 0.9
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(1e-3, 1e4), shift=st.floats(-3.0, 3.0))
+def test_scale_and_offset_do_not_matter(factor: float, shift: float) -> None:
+    image = scan()
+    moved = (factor * (image.double() + shift * 100)).float()
+    torch.testing.assert_close(normalise(moved), normalise(image), rtol=0, atol=2e-4)
+
+
+def test_amount_of_air_does_not_matter_much() -> None:
+    image = scan(bright=100.0)
+    image[4:16, 4:12, 4:18] += 100  # half of the head is bright
+    roomy = torch.zeros(30, 34, 32)  # three times the field of view
+    roomy[5:25, 5:29, 5:27] = image
+    roomy += 3 * torch.randn(roomy.shape, generator=torch.manual_seed(0)) * (roomy == 0)
+    torch.testing.assert_close(normalise(roomy)[5:25, 5:29, 5:27], normalise(image), rtol=0, atol=0.05)
+
+
+def test_stripped_scan() -> None:
+    image = scan()
+    head = image > 50
+    out = normalise(torch.where(head, image, 0.0))
+    assert (out[~head] == 0).all()
+    assert 0.3 < out[5, 5, 5] < 0.7
+
+
+def test_outliers_do_not_squeeze_the_rest() -> None:
+    image = scan()
+    clean = normalise(image)
+    image[0, 0, 0] = 1e6
+    torch.testing.assert_close(normalise(image).flatten()[1:], clean.flatten()[1:], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_voxels_become_the_darkest(bad: float) -> None:
+    image = scan()
+    image[9, 9, 9] = bad
+    image[0, :3] = bad
+    out = normalise(image)
+    assert torch.isfinite(out).all()
+    assert out[9, 9, 9] == 0
+    keep = torch.isfinite(image)
+    torch.testing.assert_close(out[keep], normalise(scan())[keep], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.5, -1000.0, 1e30, float("nan"), float("inf")])
+def test_constants_become_zeros(value: float) -> None:
+    out = normalise(torch.full((3, 4, 5), value))
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16, torch.float64])
+def test_any_type_is_taken_and_not_modified(dtype: torch.dtype) -> None:
+    image = scan(10).round().to(dtype)
+    before = image.clone()
+    torch.testing.assert_close(normalise(image), normalise(image.float()))
+    assert torch.equal(image, before)
+
+
+def test_large_images_are_sampled_the_same_way() -> None:
+    image = scan()
+    large = image.repeat_interleave(3, 0).repeat_interleave(3, 1).repeat_interleave(3, 2)
+    assert large.numel() > 200_000
+    torch.testing.assert_close(normalise(large)[1::3, 1::3, 1::3], normalise(image), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (2, 1, 1)])
+def test_tiny_images(shape: tuple[int, ...]) -> None:
+    out = normalise(torch.arange(float(np.prod(shape))).reshape(shape))
+    assert torch.isfinite(out).all()
