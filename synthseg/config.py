@@ -138,7 +138,9 @@ class TrainConfig(Section):
 
     name: str = "model"
     scheme: str = Field("siam16", description="classes of the network")
-    templates: tuple[str, ...] = Field(("phantom",), min_length=1, description="names that ship, or folders of imported templates")
+    templates: tuple[str, ...] = Field(
+        ("phantom",), min_length=1, description="names that ship, or folders of imported templates"
+    )
     validation_templates: tuple[str, ...] = Field((), description="never trained on")
     seed: int = 0
     steps: int = Field(10_000, gt=0)
@@ -150,7 +152,11 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     dice_weight: float = Field(1.0, ge=0)
     cross_entropy_weight: float = Field(1.0, ge=0)
+    scored_cells: int = Field(
+        0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
+    )
     init: str | None = Field(None, description="weights to start from; layers that do not fit start anew")
+    grow: bool = Field(False, description="the network has one finer level outside that of the weights in init")
     generator: GeneratorConfig = GeneratorConfig()
     network: NetworkConfig = NetworkConfig()
     optimiser: OptimiserConfig = OptimiserConfig()

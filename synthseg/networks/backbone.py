@@ -90,15 +90,27 @@ class SegmentationNetwork(nn.Module):
         self.n_classes = n_classes
         self.multiple = config.multiple
         cells = config.subpixel**3
-        self.body = _body(config, cells, n_classes * cells)
+        try:
+            self.body = _body(config, cells, n_classes * cells)
+        except ValueError as error:
+            raise ConfigError(
+                f"network: {config.architecture} cannot be built with channels {list(config.channels)} and norm "
+                f"'{config.norm}' ({' '.join(str(error).split())})"
+            ) from None
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, cells: torch.Tensor | None = None) -> torch.Tensor:
+        """All voxels; or, with ``cells``, only those at these positions inside the blocks of the subpixel head.
+
+        ``cells`` (K,) indexes the ``subpixel**3`` voxels of a block. The result is then (B, n_classes, K, d, h, w),
+        in the order of ``space_to_depth(target, subpixel)[:, cells]``: a training step need not score every voxel.
+        """
         if any(n % self.multiple for n in image.shape[2:]):
             raise ValueError(f"sides must be divisible by {self.multiple}, got {tuple(image.shape)}")
         factor = self.config.subpixel
-        if factor == 1:
-            return self.body(image)
-        return depth_to_space(self.body(space_to_depth(image, factor)), factor)
+        logits = self.body(image if factor == 1 else space_to_depth(image, factor))
+        if cells is not None:
+            return logits.unflatten(1, (self.n_classes, factor**3)).index_select(2, cells)
+        return logits if factor == 1 else depth_to_space(logits, factor)
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,6 +130,27 @@ def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> Non
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
         tensor.copy_(weights[name])
+
+
+def grown_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a DynUNet under the names that they have in one with a further, finer level outside.
+
+    The old first block becomes the second level, and so on inwards, so that each level keeps its physical scale
+    (progressive growing: Karras et al., ICLR 2018). The new outer level starts anew.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        part, _, rest = name.removeprefix("body.").partition(".")
+        if part == "output_block":
+            continue
+        if part == "input_block":
+            renamed[f"body.downsamples.0.{rest}"] = tensor
+        elif part == "downsamples":
+            level, _, rest = rest.partition(".")
+            renamed[f"body.downsamples.{int(level) + 1}.{rest}"] = tensor
+        else:
+            renamed[name] = tensor
+    return renamed
 
 
 @torch.no_grad()

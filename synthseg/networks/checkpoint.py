@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from synthseg.config import TrainConfig, parse
-from synthseg.errors import CheckpointError
+from synthseg.errors import CheckpointError, ConfigError, LabelError
 from synthseg.labels import LabelTable
 from synthseg.networks.backbone import SegmentationNetwork, load_weights, weights_of
 from synthseg.paths import data_dir
@@ -70,7 +70,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata["record"])
+        record = json.loads(metadata["record"])
+        if not isinstance(record, dict):
+            raise ValueError(f"its record is a {type(record).__name__}")
+        return tensors, record
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a synthseg weights file, or damaged ({' '.join(str(error).split())})"
@@ -119,9 +122,15 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
         raise CheckpointError(
             f"{path}: expected format {FORMAT}, got {record.get('format')!r}; update synthseg or the file"
         )
-    config = parse(TrainConfig, record["config"], str(path))
-    labels = LabelTable.from_dict(record["labels"])
-    network = SegmentationNetwork(config.network, len(labels))
+    try:
+        config = parse(TrainConfig, record["config"], "its config")
+        labels = LabelTable.from_dict(record["labels"])
+        network = SegmentationNetwork(config.network, len(labels))
+    except (ConfigError, LabelError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its record is damaged or of another version ({' '.join(str(error).split())}); "
+            "update synthseg or the file"
+        ) from None
     try:
         load_weights(network, tensors)
     except ValueError as error:

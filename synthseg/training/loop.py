@@ -22,13 +22,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from synthseg import __version__
+from synthseg import __version__, rng
 from synthseg.config import TrainConfig
 from synthseg.errors import ConfigError, TrainingError
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable, load_scheme
-from synthseg.networks.backbone import SegmentationNetwork, load_weights, transfer, weights_of
+from synthseg.networks.backbone import (
+    SegmentationNetwork,
+    grown_names,
+    load_weights,
+    space_to_depth,
+    transfer,
+    weights_of,
+)
 from synthseg.networks.checkpoint import model_path, read_tensors, save_model, save_tensors
 from synthseg.templates import Template, expand, load_template
 from synthseg.training.losses import dice_and_cross_entropy
@@ -144,10 +151,8 @@ class Trainer:
         self.state = RunState()
         if config.init and not resume:
             weights, _ = read_tensors(model_path(config.init))
-            kept, fresh = transfer(
-                self.plain, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-            )
-            log.info("%d tensors taken from %s, %d start anew", kept, config.init, len(fresh))
+            kept, fresh = transfer(self.plain, grown_names(weights) if config.grow else weights)
+            log.info("%d tensors taken from %s, %d start anew: %s", kept, config.init, len(fresh), fresh)
         optimiser = make_optimiser(self.plain, config.optimiser)
         self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
         self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
@@ -239,12 +244,14 @@ class Trainer:
         factor = learning_rate_factor(config.optimiser, self.state.step, config.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = group["base_lr"] * factor
-        logits = self.network(batch.images.to(self.fabric.device))
+        cells = self._draw_cells()
+        logits = self.network(batch.images.to(self.fabric.device), cells=cells)
+        targets = batch.targets.to(self.fabric.device)
+        if cells is not None:
+            targets = space_to_depth(targets[:, None], config.network.subpixel)[:, cells]
         loss, dices = torch.zeros((), device=self.fabric.device), []
-        for single, target, groups in zip(logits, batch.targets, batch.groups, strict=True):
-            dice, entropy, scores = dice_and_cross_entropy(
-                single, target.to(self.fabric.device), groups.to(self.fabric.device)
-            )
+        for single, target, groups in zip(logits, targets, batch.groups, strict=True):
+            dice, entropy, scores = dice_and_cross_entropy(single, target, groups.to(self.fabric.device))
             loss = loss + (config.dice_weight * dice + config.cross_entropy_weight * entropy) / len(logits)
             dices.append(scores[1:].nanmean())
         value = float(loss.detach())
@@ -264,6 +271,14 @@ class Trainer:
                 self.ema[key].copy_(value_now)
         self.state.step += 1
         return value, float(torch.stack(dices).nanmean())
+
+    def _draw_cells(self) -> torch.Tensor | None:
+        """Which voxels of the subpixel blocks this step scores, (K,), or None for all."""
+        blocks, count = self.config.network.subpixel**3, self.config.scored_cells
+        if count == 0 or count >= blocks:
+            return None
+        source = rng.generator(self.config.seed, self.state.step, "cells")
+        return torch.randperm(blocks, generator=source)[:count].to(self.fabric.device)
 
     def validate(self) -> float:
         """Mean hard Dice of the averaged weights on the held-out templates; kept in the manifest."""

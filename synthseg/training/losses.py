@@ -25,8 +25,8 @@ def dice_and_cross_entropy(
 
     Parameters
     ----------
-    logits : (C, D, H, W).
-    target : group index of each voxel, integer, (D, H, W).
+    logits : (C, D, H, W), or any shape after the classes.
+    target : group index of each voxel, integer, the shape of one class of ``logits``.
     groups : bool (G, C), the classes that each group stands for.
 
     Returns

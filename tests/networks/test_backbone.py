@@ -1,0 +1,174 @@
+"""Every architecture of the configuration keeps one contract: (B, 1, D, H, W) to (B, classes, D, H, W)."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from synthseg.config import NetworkConfig
+from synthseg.errors import ConfigError
+from synthseg.networks.backbone import (
+    SegmentationNetwork,
+    depth_to_space,
+    load_weights,
+    space_to_depth,
+    transfer,
+    weights_of,
+)
+
+CHANNELS = (8, 16, 32)
+NETWORKS = [
+    (architecture, norm, subpixel)
+    for architecture, norm, subpixel in itertools.product(
+        ("dynunet", "segresnet", "unet"), ("instance", "group", "batch"), (1, 2)
+    )
+    if (architecture, norm) != ("dynunet", "group") and (architecture, norm, subpixel) != ("unet", "group", 1)
+]
+
+
+def make(architecture: Any = "dynunet", norm: Any = "instance", subpixel: Any = 2, **more: Any) -> SegmentationNetwork:
+    torch.manual_seed(0)
+    config = NetworkConfig(architecture=architecture, norm=norm, subpixel=subpixel, channels=CHANNELS, **more)
+    return SegmentationNetwork(config, n_classes=3)
+
+
+# ---------------------------------------------------------------- space to depth
+
+
+def test_space_to_depth_by_hand() -> None:
+    image = torch.arange(2 * 4 * 6 * 2.0).reshape(1, 2, 4, 6, 2)
+    out = space_to_depth(image, 2)
+    assert out.shape == (1, 16, 2, 3, 1)
+    for c, i, j, k in itertools.product(range(2), range(2), range(2), range(2)):
+        channel = c * 8 + i * 4 + j * 2 + k
+        assert torch.equal(out[0, channel], image[0, c, i::2, j::2, k::2])
+
+
+def test_one_axis_at_a_time_is_pixel_unshuffle() -> None:
+    # In a volume that is constant over pairs of slices, both sub-slices show the 2D operation of torch.
+    image = torch.rand(2, 3, 4, 6, 8)
+    for axis in (2, 3, 4):
+        flat = image.select(axis, 0)
+        thick = flat.unsqueeze(axis).repeat_interleave(2, axis)
+        out = space_to_depth(thick, 2).reshape(2, 3, 2, 2, 2, *[n // 2 for n in thick.shape[2:]])
+        for part in range(2):
+            ours = out.select(axis, part).select(axis + 2, 0)  # (B, C, 2, 2, a, b)
+            expected = torch.pixel_unshuffle(flat, 2).reshape(ours.shape)
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_depth_to_space_is_the_inverse(factor: int) -> None:
+    image = torch.rand(2, 3, 2 * factor, 3 * factor, 5 * factor)
+    assert torch.equal(depth_to_space(space_to_depth(image, factor), factor), image)
+    features = torch.rand(2, 4 * factor**3, 2, 3, 5)
+    assert torch.equal(space_to_depth(depth_to_space(features, factor), factor), features)
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(("architecture", "norm", "subpixel"), NETWORKS)
+def test_shapes_and_gradients(architecture: str, norm: str, subpixel: int) -> None:
+    network = make(architecture, norm, subpixel)
+    assert network.multiple == 4 * subpixel
+    image = torch.rand(2, 1, 16, 24, 32)
+    logits = network(image)
+    assert logits.shape == (2, 3, 16, 24, 32)
+    assert logits.dtype == torch.float32
+    (logits * torch.randn(logits.shape)).sum().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not silent
+    flat = [name for name, p in network.named_parameters() if p.grad is not None and not p.grad.any()]
+    # a bias before a normalisation, or a slope that met no negative value, may get zeros; kernels may not
+    assert not [name for name in flat if name.endswith("weight") and dict(network.named_parameters())[name].ndim > 1]
+
+
+def test_residual_dynunet() -> None:
+    network = make(residual=True)
+    assert network(torch.rand(1, 1, 8, 16, 24)).shape == (1, 3, 8, 16, 24)
+    plain, other = (sum(p.numel() for p in make(residual=r).parameters()) for r in (False, True))
+    assert other > plain  # the shortcuts
+
+
+@pytest.mark.parametrize("architecture", ["dynunet", "segresnet", "unet"])
+def test_neighbours_in_a_batch_do_not_matter(architecture: str) -> None:
+    network = make(architecture).eval()
+    images = torch.rand(2, 1, 16, 24, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images)[1:], network(images[1:]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("subpixel", [1, 2])
+def test_wrong_sides_are_refused(subpixel: int) -> None:
+    network = make(subpixel=subpixel)
+    side = network.multiple
+    for axis in range(3):
+        shape = [2 * side] * 3
+        shape[axis] += side // 2
+        with pytest.raises(ValueError, match=f"divisible by {side}"):
+            network(torch.zeros(1, 1, *shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "dynunet", "norm": "group"}, "group"),
+        ({"architecture": "segresnet", "channels": (8, 16, 24)}, r"\[8, 16, 32\]"),
+        ({"architecture": "dynunet", "channels": (8, 16)}, "3 levels"),
+        ({"architecture": "unet", "channels": (8,)}, "network"),
+        ({"architecture": "unet", "norm": "group", "channels": (6, 12)}, "network"),
+        ({"architecture": "segresnet", "norm": "group", "channels": (6, 12)}, "network"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_config_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SegmentationNetwork(NetworkConfig(**{"channels": CHANNELS, **changes}), 3)
+
+
+# ---------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize(("architecture", "norm"), [("dynunet", "batch"), ("segresnet", "group"), ("unet", "instance")])
+def test_every_tensor_is_held_once(architecture: str, norm: str) -> None:
+    network = make(architecture, norm)
+    weights = weights_of(network)
+    assert len({t.data_ptr() for t in weights.values() if t.numel()}) == len([t for t in weights.values() if t.numel()])
+    pointers = {t.data_ptr() for t in network.state_dict().values() if t.numel()}
+    assert pointers == {t.data_ptr() for t in weights.values() if t.numel()}
+
+
+def test_weights_are_copied_not_shared() -> None:
+    network, other = make(), make()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    image = torch.rand(1, 1, 8, 8, 16)
+    load_weights(network, weights_of(other))
+    torch.testing.assert_close(network(image), other(image))
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert not torch.equal(next(network.parameters()), next(other.parameters()))
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    network = make()
+    weights = {k: v.clone() for k, v in weights_of(network).items()}
+    name = next(iter(weights))
+    with pytest.raises(ValueError, match="missing"):
+        load_weights(network, {k: v for k, v in weights.items() if k != name})
+    with pytest.raises(ValueError, match="extra"):
+        load_weights(network, weights | {"extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match="has shape"):
+        load_weights(network, weights | {name: torch.zeros(1, 2, 3)})
+
+
+def test_transfer_keeps_what_fits() -> None:
+    source, target = make(), SegmentationNetwork(NetworkConfig(channels=CHANNELS), n_classes=5)
+    before = {k: v.clone() for k, v in weights_of(target).items()}
+    count, fresh = transfer(target, weights_of(source))
+    assert 0 < len(fresh) < 6  # the last layer alone knows the number of classes
+    assert count == len(before) - len(fresh)
+    for name, tensor in weights_of(target).items():
+        assert torch.equal(tensor, before[name] if name in fresh else weights_of(source)[name])
