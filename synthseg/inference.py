@@ -23,8 +23,12 @@ from synthseg.labels import LabelTable
 from synthseg.metrics import BRAIN_TISSUES, PARENCHYMA_TISSUES, tissue_mask
 from synthseg.volume import Volume, apply_separable, canonical, centred_matrix, from_canonical
 
-WHOLE_RUN_RATIO = 1.35  # a grid of up to this many windows' voxels runs in one go
+WHOLE_RUN_VOXELS = 12_000_000  # a larger grid runs in tiles, so that memory stays bounded
 WINDOW_OVERLAP = 0.25
+SOFTMAX_VOXELS = 1_000_000  # converted at once
+HEAD_GRID_MM = 4.0
+HEAD_THRESHOLD = 0.1  # of the normalised intensity; what is darker everywhere beyond a plane is air
+HEAD_MARGIN_MM = 15.0
 SLAB_BYTES = 256 * 2**20  # of probabilities held at once while they are resampled
 MINOR_FRACTION = 0.2  # a further component is kept only if it has this fraction of the largest one's voxels
 WHOLE_HEAD_MM = 100.0  # in a field of view thinner than this, one structure may show as several pieces
@@ -98,17 +102,24 @@ def segment(
 
     with torch.inference_mode(), _out_of_memory_as_device_error(device):
         with step("conform"):
-            ras = canonical(volume)
+            whole = canonical(volume)
+            box = head_box(whole)
+            ras = crop(whole, box)
             image = conform(ras, model.voxel_size_mm)
         with step("network"):
             probabilities = predict(image, model, device, tta=tta, mixed_precision=mixed_precision)
         with step("clean-up"):
-            whole_head = min(ras.extent_mm) >= WHOLE_HEAD_MM
+            whole_head = min(whole.extent_mm) >= WHOLE_HEAD_MM
             clean_up(probabilities, model.labels, whole_head)
         with step("resample"):
             indices, hard_voxels, soft_voxels = to_scan_grid(probabilities, ras, model.voxel_size_mm, device)
             ids = model.labels.ids.astype(np.uint8 if model.labels.ids.max() <= 255 else np.int16)
-            labels = from_canonical(ids[indices], volume)
+            labels = np.zeros(whole.data.shape, ids.dtype)  # air beyond the box
+            labels[box] = ids[indices]
+            labels = from_canonical(labels, volume)
+            outside = whole.data.size - ras.data.size
+            hard_voxels[0] += outside
+            soft_voxels[0] += outside
     hard_ml, soft_ml = hard_voxels * volume.voxel_ml, soft_voxels * volume.voxel_ml
     return Segmentation(
         labels=labels,
@@ -120,6 +131,40 @@ def segment(
 
 
 # ---------------------------------------------------------------------------------------- scan to network
+
+
+Box = tuple[slice, slice, slice]
+
+
+def head_box(ras: Volume) -> Box:
+    """The part of the field of view that holds the head, with a margin; the rest is air. In voxels of ``ras``.
+
+    Looked for on a coarse grid, where noise is averaged away. Saves most of the time and memory of a scan with much
+    air around the head, and makes the result independent of how much air there is.
+    """
+    coarse = conform(ras, HEAD_GRID_MM)
+    seen = coarse > HEAD_THRESHOLD
+    sides = []
+    for axis in range(3):
+        n, spacing = ras.data.shape[axis], ras.spacing_mm[axis]
+        planes = torch.nonzero(
+            seen.any(dim=(axis + 1) % 3, keepdim=True).any(dim=(axis + 2) % 3, keepdim=True).flatten()
+        )
+        if len(planes) == 0:
+            return slice(None), slice(None), slice(None)
+        first_mm = (float(planes[0]) - coarse.shape[axis] / 2) * HEAD_GRID_MM - HEAD_MARGIN_MM
+        last_mm = (float(planes[-1]) + 1 - coarse.shape[axis] / 2) * HEAD_GRID_MM + HEAD_MARGIN_MM
+        start = max(0, int(np.floor(first_mm / spacing + n / 2)))
+        stop = min(n, int(np.ceil(last_mm / spacing + n / 2)))
+        sides.append(slice(start, max(stop, start + 1)))
+    return sides[0], sides[1], sides[2]
+
+
+def crop(ras: Volume, box: Box) -> Volume:
+    """A part of a volume, with the affine of its own first voxel."""
+    affine = ras.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [side.start or 0 for side in box]
+    return Volume(ras.data[box], affine)
 
 
 def grid_shape(ras: Volume, voxel_size_mm: float) -> tuple[int, int, int]:
@@ -163,13 +208,13 @@ def predict(
     tta: bool = False,
     mixed_precision: bool = True,
 ) -> torch.Tensor:
-    """Class probabilities, float32 (C, D, H, W) on the CPU, of a conformed image (D, H, W)."""
+    """Class probabilities, float16 (C, D, H, W) on the CPU, of a conformed image (D, H, W)."""
     use_bf16 = mixed_precision and has_native_bf16(device)
 
     def probabilities(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
             logits = model.network(batch)
-        return torch.softmax(logits.float(), dim=1)
+        return _softmax(logits)
 
     padding = _padding(image.shape, model.window, model.multiple)
     padded = torch.nn.functional.pad(image, padding)[None, None].to(device)
@@ -192,17 +237,31 @@ def _padding(shape: torch.Size, window: tuple[int, int, int], multiple: int) -> 
     return padding
 
 
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities, float16, of logits (1, C, D, H, W), a slab at a time: they are the largest array of all."""
+    result = torch.empty(logits.shape, dtype=torch.float16, device=logits.device)
+    slab = max(1, SOFTMAX_VOXELS // (logits.shape[3] * logits.shape[4]))
+    for start in range(0, logits.shape[2], slab):
+        result[:, :, start : start + slab] = logits[:, :, start : start + slab].float().softmax(1)
+    return result
+
+
 def _run(
     image: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor], window: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Probabilities (1, C, D, H, W): in one go if hardly larger than the window, else in tiles."""
-    if image.numel() <= WHOLE_RUN_RATIO * np.prod(window):
+    """Probabilities (1, C, D, H, W): in one go if memory allows, else in tiles of the training's window."""
+    if image.numel() <= max(WHOLE_RUN_VOXELS, np.prod(window)):
         return predictor(image)
     from monai.inferers import sliding_window_inference
 
     return sliding_window_inference(
-        image, window, sw_batch_size=1, predictor=predictor, overlap=WINDOW_OVERLAP, mode="gaussian"
-    )
+        image,
+        window,
+        sw_batch_size=1,
+        predictor=lambda tile: predictor(tile).float(),
+        overlap=WINDOW_OVERLAP,
+        mode="gaussian",
+    ).half()
 
 
 # ----------------------------------------------------------------------------------------------- clean-up
@@ -233,12 +292,12 @@ def _remove(probabilities: torch.Tensor, winner: torch.Tensor, classes: np.ndarr
     if not stray.any():
         return
     where = torch.from_numpy(stray)
-    column = probabilities[:, where]
+    column = probabilities[:, where].float()
     column[torch.from_numpy(classes)] = 0
     total = column.sum(0)
     column = torch.where(total > 1e-6, column / total.clamp(min=1e-6), 0.0)
     column[0] += (total <= 1e-6).float()  # nothing else was likely there: background
-    probabilities[:, where] = column
+    probabilities[:, where] = column.to(probabilities.dtype)
     winner[where] = column.argmax(0)
 
 
@@ -287,7 +346,7 @@ def to_scan_grid(
         rows = first[start : start + thickness]
         used = torch.nonzero(rows.any(0))
         low, high = int(used.min()), int(used.max()) + 1
-        slab = probabilities[:, low:high].to(device)
+        slab = probabilities[:, low:high].to(device).float()
         slab = apply_separable(slab, [rows[:, low:high], second, third])
         winner = slab.max(0).indices.cpu()  # several times faster than argmax
         indices[start : start + thickness] = winner.numpy()

@@ -17,12 +17,16 @@ def coarse(**to: tuple[int, ...]) -> LabelTable:
     """Background, A and B; what A and B are in ``fine`` is given."""
     return LabelTable(
         "coarse",
-        (Label(0, "Background", to={"fine": (0,)}), *(Label(i, n, to={"fine": t}) for i, (n, t) in enumerate(to.items(), 1))),
+        (
+            Label(0, "Background", to={"fine": (0,)}),
+            *(Label(i, n, to={"fine": t}) for i, (n, t) in enumerate(to.items(), 1)),
+        ),
     )
 
 
 SIDES = LabelTable(
-    "sides", (Label(0, "Background"), Label(300, "Left-X", partner=5), Label(2, "Middle"), Label(5, "Right-X", partner=300))
+    "sides",
+    (Label(0, "Background"), Label(300, "Left-X", partner=5), Label(2, "Middle"), Label(5, "Right-X", partner=300)),
 )
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from synthseg.labels import LabelTable, available_schemes, load_scheme
 
-SIAM16 = (
-    "Background GM WM CSF Ventricular-CSF Cerebellar-GM Thalamus Pallidum Putamen Caudate Accumbens Amygdala "
-    "Hippocampus Dura Vessels Skull Head"
-).split()
+SIAM16 = [
+    *("Background", "GM", "WM", "CSF", "Ventricular-CSF", "Cerebellar-GM"),
+    *("Thalamus", "Pallidum", "Putamen", "Caudate", "Accumbens", "Amygdala", "Hippocampus"),
+    *("Dura", "Vessels", "Skull", "Head"),
+]
 
 # FreeSurferColorLUT.txt
 FREESURFER = {
@@ -135,9 +136,10 @@ def test_left_and_right_are_partners_by_name(scheme: LabelTable) -> None:
 def test_brainweb_cannot_tell_deep_nuclei_apart() -> None:
     brainweb, siam = load_scheme("brainweb"), load_scheme("siam16")
     # the ids of the discrete BrainWeb phantoms (Aubert-Broche et al. 2006)
-    assert brainweb.names == (
-        "Background CSF GM WM Fat Muscle Muscle-Skin Skull Vessels Around-Fat Dura Bone-Marrow".split()
-    )
+    assert brainweb.names == [
+        *("Background", "CSF", "GM", "WM", "Fat", "Muscle", "Muscle-Skin"),
+        *("Skull", "Vessels", "Around-Fat", "Dura", "Bone-Marrow"),
+    ]
     groups = {
         name: {siam.names[c] for c in np.flatnonzero(row)}
         for name, row in zip(brainweb.names, brainweb.groups(siam), strict=True)

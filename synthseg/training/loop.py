@@ -24,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from synthseg import __version__, rng
 from synthseg.config import TrainConfig
-from synthseg.errors import ConfigError, TrainingError
-from synthseg.generator.plan import sample_plan
+from synthseg.errors import CheckpointError, ConfigError, TrainingError
+from synthseg.generator.plan import named_contrasts, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.networks.backbone import (
@@ -41,6 +41,7 @@ from synthseg.templates import Template, expand, load_template
 from synthseg.training.losses import dice_and_cross_entropy
 from synthseg.training.optimiser import learning_rate_factor, make_optimiser
 from synthseg.training.stream import SyntheticStream, group_table, loader
+from synthseg.volume import write_text_atomically
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,21 @@ def check(config: TrainConfig) -> None:
             f"{len(config.network.channels)} levels with subpixel {config.network.subpixel}; try {fitting}"
         )
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
+    asked = {*config.generator.contrast.named_weights, *config.validation_contrasts}
+    unknown = sorted(c for c in asked if c not in named_contrasts() and not c.startswith("random"))
+    if unknown:
+        raise ConfigError(
+            f"named_weights, validation_contrasts: there is no contrast {unknown}; "
+            f"known: {', '.join(['random', *named_contrasts()])}"
+        )
+
+
+def exact_index(template: Template, target: LabelTable) -> torch.Tensor:
+    """The class of ``target`` for each label of a template. Raises ConfigError if it cannot tell classes apart."""
+    index, groups = group_table(template.table, target)
+    if not torch.equal(groups, torch.eye(len(target), dtype=torch.bool)):
+        raise ConfigError(f"validation_templates: {template.name} cannot tell all classes of {target.name} apart")
+    return index
 
 
 def validation_table(
@@ -94,11 +110,7 @@ def validation_table(
         overlap, total = np.zeros(len(target)), np.zeros(len(target))
         scores: list[np.ndarray] = []
         for template in templates:
-            index, groups = group_table(template.table, target)
-            if len(groups) != len(target):
-                raise ConfigError(
-                    f"validation_templates: {template.name} cannot tell all classes of {target.name} apart"
-                )
+            index = exact_index(template, target)
             plan = sample_plan(generator, template.name, template.table, 977, number * 1000 + len(scores))
             image, labels = render([template], [plan])
             with torch.no_grad():
@@ -142,6 +154,8 @@ class Trainer:
             raise ConfigError(
                 f"validation_templates: {sorted(shared)} are also trained on; a held-out figure needs others"
             )
+        for template in self.held_out:
+            exact_index(template, self.target)
         precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
         where = torch.device(device)
         devices: Any = [where.index or 0] if where.type == "cuda" else 1
@@ -177,7 +191,13 @@ class Trainer:
         tensors, record = read_tensors(self._state_file)
         self.state = RunState(**record["state"])
         pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        load_weights(self.plain, pick("network."))
+        try:
+            load_weights(self.plain, pick("network."))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._state_file}: does not fit the recipe's network ({error}); resume with the recipe of the run, "
+                "or train in another folder"
+            ) from None
         self.ema = {k: v.to(self.fabric.device) for k, v in pick("ema.").items()}
         saved = self.optimiser.state_dict()
         saved["state"] = {}
@@ -257,7 +277,7 @@ class Trainer:
         value = float(loss.detach())
         if not np.isfinite(value):
             plan = self.folder / "offending_plan.json"
-            plan.write_text("[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
+            write_text_atomically(plan, "[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
             raise TrainingError(f"the loss is {value} at step {self.state.step}; the plans that made it are in {plan}")
         self.fabric.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
@@ -299,7 +319,7 @@ class Trainer:
         """Train to step ``until`` (default: the recipe's last)."""
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
         stream = SyntheticStream(config, self.templates, self.target, first=self.state.step)
         writer = SummaryWriter(str(self.folder))
         history = (self.folder / "log.csv").open("a")
@@ -344,7 +364,7 @@ class Trainer:
                 if step == last or time.monotonic() - saved > config.checkpoint_every_s:
                     self._save_state()
                     self._save_model("last")
-                    (self.folder / "train.json").write_text(json.dumps(self.manifest(), indent=2) + "\n")
+                    write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")
                     saved = time.monotonic()
         history.close()
         writer.close()

@@ -65,7 +65,14 @@ def test_box_profile_by_hand() -> None:
     down, _ = slice_matrices(6, 1.0, 2.0, 1.0)
     np.testing.assert_allclose(down[1], [0, 0, 0.5, 0.5, 0, 0])
     # back: linear between slice centres, constant beyond the outermost
-    expected = [[1, 0, 0], [0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0.25, 0.75], [0, 0, 1]]
+    expected: list[list[float]] = [
+        [1, 0, 0],
+        [0.75, 0.25, 0],
+        [0.25, 0.75, 0],
+        [0, 0.75, 0.25],
+        [0, 0.25, 0.75],
+        [0, 0, 1],
+    ]
     np.testing.assert_allclose(up, expected, atol=1e-7)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from synthseg import rng
 from synthseg.config import ContrastConfig, GeneratorConfig, parse
 from synthseg.errors import ConfigError
 from synthseg.generator.plan import LOOK_ALIKES, Draw, Field3D, Plan, named_contrasts, sample_contrast, sample_plan
@@ -62,6 +63,14 @@ def test_a_stage_does_not_move_the_draws_of_another(section: str, changes: dict[
         for name in ("deform", "contrast", "artefacts"):
             same = getattr(before, name) == getattr(after, name)
             assert same == (name != section), (index, name)
+
+
+def test_every_stage_has_a_stream_of_its_own(head: LabelTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[Any] = []
+    made = rng.generator
+    monkeypatch.setattr(rng, "generator", lambda *key: keys.append(key) or made(*key))
+    sample_plan(config(), "t", head, 3, 17)
+    assert sorted(keys) == [(3, 17, stage) for stage in ("artefacts", "contrast", "deform", "strip")]
 
 
 def test_fields_of_view_of_any_shape_can_be_drawn(head: LabelTable) -> None:

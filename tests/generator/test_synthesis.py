@@ -169,6 +169,33 @@ def test_partial_volume_follows_rotation_and_scale(half_space: Template) -> None
     np.testing.assert_allclose(painted(half_space, plan)[:, 1, 1], [15, 15, 15])
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_partial_volume_is_the_mean_of_eight_points(tiny_template: Template, flip: bool) -> None:
+    table, ids = tiny_template.table, np.pad(tiny_template.labels, 40)
+    shape, voxel, shift = (9, 12, 11), 3.1, np.array([0.7, -1.3, 2.1])
+    matrix = np.array([[0.9, -0.5, 0.2], [0.4, 1.1, -0.3], [0.1, 0.6, 0.8]])
+    expected = np.zeros(shape)
+    for offset in np.ndindex(2, 2, 2):
+        inside = (np.array(offset) - 0.5) / 2  # a quarter voxel to each side
+        at = (np.moveaxis(np.indices(shape), 0, -1) - (np.array(shape) - 1) / 2 + inside) * voxel
+        read = at @ matrix.T + shift
+        read = read * (-1, 1, 1) if flip else read
+        index = np.rint(read / tiny_template.spacing_mm + tiny_template.center).astype(int) + 40
+        labels = ids[tuple(np.moveaxis(index, -1, 0))]
+        expected += (table.flip[labels] if flip else labels) / 8
+    plan = plain_plan(
+        tiny_template,
+        voxel,
+        shape,
+        subsamples=8,
+        deform__matrix=tuple(map(tuple, matrix.tolist())),
+        deform__shift_mm=tuple(shift.tolist()),
+        deform__flip=flip,
+    )
+    off = np.abs(painted(tiny_template, plan).numpy() - expected) > 1e-3
+    assert off.mean() < 0.002  # a point may lie on the border of two voxels
+
+
 def test_target_is_the_label_at_the_centre(half_space: Template) -> None:
     plan = plain_plan(half_space, 2.0, (3, 3, 3), subsamples=8, deform__shift_mm=(0.4, 0.0, 0.0))
     _, labels = render([half_space], [plan])

@@ -1,7 +1,7 @@
 """Every architecture of the configuration keeps one contract: (B, 1, D, H, W) to (B, classes, D, H, W)."""
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from synthseg.errors import ConfigError
 from synthseg.networks.backbone import (
     SegmentationNetwork,
     depth_to_space,
+    grown_names,
     load_weights,
     space_to_depth,
     transfer,
@@ -90,6 +91,32 @@ def test_residual_dynunet() -> None:
     assert network(torch.rand(1, 1, 8, 16, 24)).shape == (1, 3, 8, 16, 24)
     plain, other = (sum(p.numel() for p in make(residual=r).parameters()) for r in (False, True))
     assert other > plain  # the shortcuts
+
+
+def test_some_voxels_of_each_block() -> None:
+    network = make().eval()
+    image, cells = torch.rand(2, 1, 8, 16, 24), torch.tensor([6, 1])
+    with torch.no_grad():
+        whole, some = network(image), network(image, cells=cells)
+    assert some.shape == (2, 3, 2, 4, 8, 12)
+    # cell 6 of a block is (1, 1, 0), cell 1 is (0, 0, 1)
+    torch.testing.assert_close(some[:, :, 0], whole[:, :, 1::2, 1::2, 0::2])
+    torch.testing.assert_close(some[:, :, 1], whole[:, :, 0::2, 0::2, 1::2])
+
+
+def test_a_grown_network_keeps_the_old_one_inside() -> None:
+    small = make(subpixel=1)
+    large = SegmentationNetwork(NetworkConfig(channels=(4, *CHANNELS), subpixel=1), n_classes=3)
+    _, fresh = transfer(large, grown_names(weights_of(small)))
+    assert fresh
+    assert all(
+        "input_block" in n or "output_block" in n or "upsamples.2" in n or "downsamples.0.conv1" in n for n in fresh
+    )
+    a, b = cast(Any, small.body), cast(Any, large.body)
+    old = [*a.downsamples, a.bottleneck, *a.upsamples]
+    new = [*b.downsamples[1:], b.bottleneck, *b.upsamples[:-1]]
+    for was, now in zip(old, new, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(was.parameters(), now.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["dynunet", "segresnet", "unet"])

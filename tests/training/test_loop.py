@@ -1,0 +1,245 @@
+"""The training loop: golden losses, resuming bit by bit, and what it refuses before it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from synthseg.config import TrainConfig, parse
+from synthseg.errors import CheckpointError, ConfigError, TrainingError
+from synthseg.generator.plan import Plan
+from synthseg.labels import load_scheme
+from synthseg.networks.backbone import weights_of
+from synthseg.networks.checkpoint import load_model, read_tensors
+from synthseg.training.loop import Trainer, check, mean_dice, validation_table
+
+GOLDEN = Path(__file__).with_name("golden_losses.txt")
+
+
+def recipe(folders: dict[str, Path], **changes: Any) -> TrainConfig:
+    record: dict[str, Any] = {
+        "templates": [str(folders["head"]), str(folders["coarse"])],
+        "steps": 6,
+        "precision": "fp32",
+        "generator": {"shape": [16, 24, 16], "voxel_size_mm": 2.5, "subsamples": 2},
+        "network": {"channels": [6, 8, 10]},
+        "optimiser": {"warmup_steps": 2, "learning_rate": 0.02},
+    }
+    for key, value in changes.items():
+        node = record
+        *parents, last = key.split("__")
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return parse(TrainConfig, record, "test")
+
+
+class Recorder(Trainer):
+    """Keeps the loss of every step."""
+
+    def step(self, batch: Any) -> tuple[float, float]:
+        loss, dice = super().step(batch)
+        self.losses = [*getattr(self, "losses", []), loss]
+        return loss, dice
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Sums in one order, so that runs can be compared bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_losses_are_the_golden_ones(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    expected = [float(line) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    trainer = Recorder(recipe(template_folders), tmp_path)
+    trainer.run()
+    now = "\n".join(f"{loss:.5f}" for loss in trainer.losses)
+    assert trainer.losses == pytest.approx(expected, abs=1e-3), f"if the change is meant, write to {GOLDEN}:\n{now}"
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_resuming_is_going_on(optimiser: str, template_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe(template_folders, optimiser__name=optimiser)
+    whole = Recorder(config, tmp_path / "whole")
+    whole.run()
+    first = Recorder(config, tmp_path / "parts")
+    first.run(until=3)
+    assert first.state.step == 3
+    second = Recorder(config, tmp_path / "parts", resume=True)
+    assert second.state.step == 3
+    second.run()
+    assert first.losses + second.losses == whole.losses
+    assert len(whole.losses) == 6
+    for (name, a), b in zip(weights_of(whole.plain).items(), weights_of(second.plain).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(a, second.ema[name]) for name, a in whole.ema.items())
+    ours, theirs = (load_model(tmp_path / part / "last.safetensors").network for part in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_workers_do_not_change_a_run(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    losses = []
+    for workers in (0, 1):
+        trainer = Recorder(recipe(template_folders, workers=workers, steps=2), tmp_path / str(workers))
+        trainer.run()
+        losses.append(trainer.losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_run_folder_is_complete(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe(
+        template_folders, steps=2, validation_templates=[str(template_folders["other"])], validation_contrasts=["t1"]
+    )
+    best = Trainer(config, tmp_path).run()
+    names = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}
+    assert names == {
+        "config.json",
+        "train.json",
+        "state.safetensors",
+        "last.safetensors",
+        "best.safetensors",
+        "log.csv",
+    }
+    manifest = json.loads((tmp_path / "train.json").read_text())
+    assert manifest["steps"] == 2
+    assert manifest["templates"] == ["tiny", "tiny_coarse"]
+    assert manifest["validation_templates"] == ["tiny_other"]
+    assert 0 <= manifest["validation"]["mean"] <= 1
+    assert TrainConfig.model_validate_json((tmp_path / "config.json").read_text()) == config
+    model = load_model(best)
+    assert model.labels == load_scheme("siam16")
+    assert (model.voxel_size_mm, model.window) == (2.5, (16, 24, 16))
+    assert model.record["steps"] == 2
+    with torch.no_grad():
+        assert model.network(torch.rand(1, 1, 16, 24, 16)).shape == (1, 17, 16, 24, 16)
+
+
+def test_the_average_of_the_weights_is_what_is_saved(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = Trainer(recipe(template_folders, steps=1), tmp_path)
+    start = {k: v.clone() for k, v in weights_of(trainer.plain).items()}
+    trainer.run()
+    saved = dict(load_model(tmp_path / "last.safetensors").network.named_parameters())
+    moved = 0.0
+    for name, p in trainer.plain.named_parameters():
+        expected = start[name] + (1 - 1 / 10) * (p.detach() - start[name])  # decay (1 + 0) / (10 + 0) at first
+        torch.testing.assert_close(saved[name], expected, rtol=2e-3, atol=1e-4)
+        moved = max(moved, (p.detach() - start[name]).abs().max().item())
+    assert moved > 5e-3
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_plan(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = Trainer(recipe(template_folders, batch_size=2), tmp_path / "run")
+    trainer.run(until=2)
+    kept = read_tensors(tmp_path / "run" / "state.safetensors")[0]
+    with torch.no_grad():
+        next(trainer.plain.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"nan at step 2.*offending_plan\.json"):
+        trainer.run()
+    assert trainer.state.step == 2
+    plans = [Plan.model_validate(p) for p in json.loads((tmp_path / "run" / "offending_plan.json").read_text())]
+    assert [p.index for p in plans] == [4, 5]  # batch number 2
+    after = read_tensors(tmp_path / "run" / "state.safetensors")[0]
+    assert all(torch.equal(kept[k], after[k]) for k in kept)  # the last good state is still there
+
+
+# ---------------------------------------------------------------- refused before anything is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generator__shape": [16, 24, 20]}, r"divisible by 8.*\[16, 24, 1[6-9]\]|divisible by 8.*\[16, 24, 24\]"),
+        ({"network__channels": [6, 8]}, "3 levels"),
+        ({"generator__contrast": {"random_weight": 0, "named_weights": {"t9": 1}}}, "t9.*known"),
+        ({"validation_contrasts": ["t1", "t9"]}, "t9.*known"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused(
+    changes: dict[str, Any], message: str, template_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = recipe(template_folders, **changes)
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_templates_must_be_others(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe(template_folders, validation_templates=[str(template_folders["head"])])
+    with pytest.raises(ConfigError, match=r"\['tiny'\] are also trained on"):
+        Trainer(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_needs_exact_labels(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe(
+        template_folders,
+        templates=[str(template_folders["head"])],
+        validation_templates=[str(template_folders["coarse"])],
+    )
+    with pytest.raises(ConfigError, match=r"tiny_coarse cannot tell"):
+        Trainer(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_what_is_not_there(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        Trainer(recipe(template_folders), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_another_network_is_refused(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    Trainer(recipe(template_folders), tmp_path).run(until=1)
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        Trainer(recipe(template_folders, network__channels=[8, 8, 10]), tmp_path, resume=True)
+
+
+def test_scoring_some_voxels_of_each_block(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    whole, some, all_eight = (
+        Recorder(recipe(template_folders, scored_cells=cells, steps=2), tmp_path / str(cells)) for cells in (0, 2, 8)
+    )
+    for trainer in (whole, some, all_eight):
+        trainer.run()
+    assert all_eight.losses == whole.losses
+    assert some.losses[0] != whole.losses[0]
+    assert some.losses[0] == pytest.approx(whole.losses[0], rel=0.1)  # an estimate of the same loss
+
+
+# ---------------------------------------------------------------- starting weights and validation
+
+
+def test_starting_from_another_model(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    first = Trainer(recipe(template_folders, steps=1), tmp_path / "a").run()
+    second = Trainer(recipe(template_folders, steps=1, seed=5, init=str(first)), tmp_path / "b")
+    expected = dict(load_model(first).network.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in second.plain.named_parameters())
+    assert all(torch.equal(second.ema[name], p) for name, p in second.plain.named_parameters())
+
+
+def test_validation_of_a_perfect_and_a_blind_network(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe(template_folders, templates=[str(template_folders["head"])])
+    trainer = Trainer(config, tmp_path)
+    target = trainer.target
+
+    class Blind(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros((1, len(target), *image.shape[2:]))
+            logits[:, 2] = 1
+            return logits
+
+    table = validation_table(Blind(), config, trainer.templates, target, ["t1", "random"])
+    assert set(table) == {"t1", "random"}
+    for row in table.values():
+        assert row["GM"] == 0.0
+        assert 0 < row["WM"] < 0.5
+        assert "Background" not in row
+        assert "Caudate" not in row  # the tiny head has none
+    rows = [sum(row.values()) / len(row) for row in table.values()]
+    assert mean_dice(table) == pytest.approx(sum(rows) / 2)
+    assert table == validation_table(Blind(), config, trainer.templates, target, ["t1", "random"])
