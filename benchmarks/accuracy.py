@@ -1,6 +1,6 @@
 """Accuracy of a model on anatomy that it was not trained on; writes a JSON file and prints tables.
 
-    python benchmarks/accuracy.py --data ../shared --held-out DIR [--model siam16] [--out benchmarks/results/siam16.json]
+    python benchmarks/accuracy.py --data DIR --held-out DIR [--model siam16] [--out FILE.json]
 
 ``--data`` holds ``scans/`` with colin27_t1, colin27_tissues, colin27_aal (MNI; github fangq/mcx; AAL),
 oasis_t1_stripped and its FreeSurfer aseg (github voxelmorph). ``--held-out`` holds imported templates that no
