@@ -147,7 +147,7 @@ def main() -> None:
         "sha256": model.sha256,
         "steps": model.record.get("steps"),
         "train_seconds": model.record.get("train_seconds"),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
         **real_scans(model, options.data / "scans"),
     }
     for key in ("colin27_tissues", "colin27_aal", "oasis_aseg"):

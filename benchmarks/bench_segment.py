@@ -73,7 +73,8 @@ def main() -> None:
                  "copy_seconds": round(bound, 2), "ratio": round(seconds / bound, 1)}
             )  # fmt: skip
             print(
-                f"{scan.name} {shape}: {seconds:.1f} s, {peak_gb:.2f} GB, {seconds / bound:.1f} times reading and writing",
+                f"{scan.name} {shape}: {seconds:.1f} s, {peak_gb:.2f} GB, "
+                f"{seconds / bound:.1f} times reading and writing",
                 flush=True,
             )
     if options.out:

@@ -34,6 +34,7 @@ app = typer.Typer(
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting (repeat).")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]
 
 
@@ -239,7 +240,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Sample i depends on the seed and i alone.")] = 0,
     scheme: Annotated[str | None, typer.Option(help="Label ids to write (default: the template's own).")] = None,
     replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render this *_plan.json again.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    settings: SetOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
@@ -295,7 +296,7 @@ def train(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Run folder. Default: runs/<name>.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    settings: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Draw the first batch and stop.")] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,

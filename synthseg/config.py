@@ -43,7 +43,7 @@ class DeformConfig(Section):
 
     rotation_deg: float = Field(20.0, ge=0, le=180, description="rotation about each axis is U[-r, r] degrees")
     scaling: float = Field(0.15, ge=0, lt=1, description="scale of each axis is U[1-s, 1+s]")
-    shear: float = Field(0.02, ge=0, lt=1)
+    shear: float = Field(0.02, ge=0, lt=1, description="each shear coefficient is U[-s, s]")
     translation_mm: float = Field(15.0, ge=0, description="shift of the field of view against the brain centre")
     svf_std_mm: float = Field(4.0, ge=0, description="standard deviation of the velocity field is U[0, this]")
     svf_spacing_mm: LengthRange = Field((20.0, 60.0), description="spacing of the control points of the velocity field")
@@ -55,7 +55,8 @@ class ContrastConfig(Section):
 
     random_weight: float = Field(0.5, ge=0, description="weight of fully random means against the named contrasts")
     named_weights: dict[str, Strength] = Field(
-        default_factory=lambda: {"t1": 0.2, "t2": 0.1, "flair": 0.08, "pd": 0.04, "ct": 0.08}
+        default_factory=lambda: {"t1": 0.2, "t2": 0.1, "flair": 0.08, "pd": 0.04, "ct": 0.08},
+        description="weight of each contrast of generator/contrasts.yaml",
     )
     mean: Range = Field((0.0, 1.0), description="means of the fully random contrasts")
     std: StrengthRange = Field((0.0, 0.06), description="standard deviation inside a label")
@@ -63,11 +64,16 @@ class ContrastConfig(Section):
     soft_texture_std: StrengthRange = Field(
         (0.0, 0.3), description="the same for soft tissue, where fat and muscle share a label"
     )
-    texture_spacing_mm: LengthRange = (6.0, 30.0)
+    texture_spacing_mm: LengthRange = Field((6.0, 30.0), description="spacing of the control points of the texture")
     tie_probability: float = Field(
         0.35, ge=0, le=1, description="chance that a tissue takes the mean of its look-alike"
     )
-    air_is_zero_probability: float = Field(0.5, ge=0, le=1)
+    air_is_zero_probability: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="chance that the air of a random contrast is exactly 0, else its mean is U[0, 0.15]",
+    )
 
     @model_validator(mode="after")
     def _something_can_be_drawn(self) -> ContrastConfig:
@@ -80,14 +86,18 @@ class ArtefactConfig(Section):
     """What the scanner and the storage do to an image."""
 
     bias_std: StrengthRange = Field((0.0, 0.5), description="std of the log bias field on its coarse grid")
-    bias_spacing_mm: LengthRange = (40.0, 120.0)
+    bias_spacing_mm: LengthRange = Field((40.0, 120.0), description="spacing of the control points of the bias field")
     gamma_std: float = Field(0.3, ge=0, description="log gamma is N(0, this)")
-    noise_std: StrengthRange = Field((0.0, 0.05), description="Rician noise, relative to the largest mean")
-    noise_probability: float = Field(0.8, ge=0, le=1)
-    lowres_probability: float = Field(0.5, ge=0, le=1)
-    lowres_isotropic_probability: float = Field(0.3, ge=0, le=1)
+    noise_std: StrengthRange = Field(
+        (0.0, 0.05), description="standard deviation of each channel of the Rician noise, on the scale of the means"
+    )
+    noise_probability: float = Field(0.8, ge=0, le=1, description="chance that an image has noise")
+    lowres_probability: float = Field(0.5, ge=0, le=1, description="chance that an image is acquired on a coarser grid")
+    lowres_isotropic_probability: float = Field(
+        0.3, ge=0, le=1, description="of those: chance that all three axes are coarser, else one is"
+    )
     lowres_spacing_mm: float = Field(8.0, gt=0, description="slice spacing is U[voxel size, this]")
-    lowres_isotropic_mm: float = Field(4.0, gt=0)
+    lowres_isotropic_mm: float = Field(4.0, gt=0, description="isotropic spacing is U[voxel size, this]")
     crop_probability: float = Field(0.25, ge=0, le=1, description="chance that the field of view loses a part")
     crop_fraction: float = Field(0.35, ge=0, lt=1, description="at most this part of an axis is lost on one side")
     strip_probability: float = Field(0.3, ge=0, le=1, description="chance of a skull-stripped image")
@@ -96,7 +106,7 @@ class ArtefactConfig(Section):
 class GeneratorConfig(Section):
     """One synthetic image: grid, deformation, contrast, artefacts."""
 
-    voxel_size_mm: float = Field(2.0, gt=0)
+    voxel_size_mm: float = Field(2.0, gt=0, description="isotropic voxel size of image, labels and network")
     shape: Triple = Field((80, 96, 80), description="voxels of the rendered patch, RAS+")
     subsamples: Literal[1, 2, 4, 8] = Field(8, description="points per voxel that are averaged (partial volume)")
     deform: DeformConfig = DeformConfig()
@@ -110,11 +120,19 @@ class NetworkConfig(Section):
     With ``subpixel`` 2 the body works at twice the voxel size of input and output (Shi et al., CVPR 2016).
     """
 
-    architecture: Literal["dynunet", "segresnet", "unet"] = "dynunet"
-    channels: tuple[Count, ...] = Field((32, 64, 128, 192), min_length=1)
-    residual: bool = False
-    norm: Literal["instance", "group", "batch"] = "instance"
-    subpixel: Literal[1, 2] = 2
+    architecture: Literal["dynunet", "segresnet", "unet"] = Field(
+        "dynunet", description="MONAI's DynUNet, SegResNet or UNet"
+    )
+    channels: tuple[Count, ...] = Field(
+        (32, 64, 128, 192),
+        min_length=1,
+        description="channels of each level, finest first; their number is the number of levels",
+    )
+    residual: bool = Field(False, description="residual blocks (dynunet)")
+    norm: Literal["instance", "group", "batch"] = Field(
+        "instance", description="normalisation layers; group is not for dynunet"
+    )
+    subpixel: Literal[1, 2] = Field(2, description="block size of the stem and the head; 1: neither")
 
     @property
     def multiple(self) -> int:
@@ -123,35 +141,41 @@ class NetworkConfig(Section):
 
 
 class OptimiserConfig(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(3e-3, gt=0)
-    muon_learning_rate: float = Field(0.02, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    gradient_clip: float = Field(5.0, gt=0)
-    ema_decay: float = Field(0.998, ge=0, lt=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for kernels, AdamW for biases and norms; adamw: AdamW for all"
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="of AdamW, at its highest")
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its highest")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; not for biases and norms")
+    warmup_steps: int = Field(100, ge=0, description="the rate rises linearly over these")
+    gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(
+        0.998, ge=0, lt=1, description="decay per step of the averaged weights, which are what is saved"
+    )
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: down to 1 % at the last step")
 
 
 class TrainConfig(Section):
     """A training recipe."""
 
-    name: str = "model"
+    name: str = Field("model", description="name of the run; its folder is runs/<name>")
     scheme: str = Field("siam16", description="classes of the network")
     templates: tuple[str, ...] = Field(
         ("phantom",), min_length=1, description="names that ship, or folders of imported templates"
     )
     validation_templates: tuple[str, ...] = Field((), description="never trained on")
-    seed: int = 0
-    steps: int = Field(10_000, gt=0)
-    batch_size: int = Field(1, gt=0)
-    validate_every: int = Field(1000, gt=0)
-    validation_contrasts: tuple[str, ...] = ("t1", "t2", "flair", "ct", "random")
-    checkpoint_every_s: float = Field(180.0, gt=0)
+    seed: int = Field(0, description="of the first weights and of every sample")
+    steps: int = Field(10_000, gt=0, description="optimiser steps")
+    batch_size: int = Field(1, gt=0, description="images a step")
+    validate_every: int = Field(1000, gt=0, description="steps between validations")
+    validation_contrasts: tuple[str, ...] = Field(
+        ("t1", "t2", "flair", "ct", "random"), description="each held-out template is rendered once in each"
+    )
+    checkpoint_every_s: float = Field(180.0, gt=0, description="seconds between saved states")
     workers: int = Field(0, ge=0, description="generator processes; 0 renders in the training process")
-    precision: Literal["bf16", "fp32"] = "bf16"
-    dice_weight: float = Field(1.0, ge=0)
-    cross_entropy_weight: float = Field(1.0, ge=0)
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bfloat16 autocast")
+    dice_weight: float = Field(1.0, ge=0, description="weight of 1 - soft Dice")
+    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
     scored_cells: int = Field(
         0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
     )

@@ -84,7 +84,8 @@ def label_map_files(folder: Path) -> list[Path]:
 def _folder_scheme(file: Path) -> str | None:
     side = file.parent / "labels.json"
     if file.name == "labels.nii.gz" and side.is_file():
-        return str(json.loads(side.read_text()).get("scheme"))
+        scheme = str(json.loads(side.read_text()).get("scheme"))
+        return str(file.parent / scheme) if scheme.endswith(".json") else scheme
     return None
 
 
@@ -185,6 +186,7 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
     data, affine = _crop_to_head(data, volume.affine)
     name = _template_name(file)
+    own_scheme = Path(scheme) if scheme.endswith(".json") else None
     target = out / name
     if target.exists():
         raise TemplateError(f"{target}: exists already; remove it or choose another output folder")
@@ -192,7 +194,7 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
     present = np.unique(data)
     record: dict[str, Any] = {
         "name": name,
-        "scheme": scheme,
+        "scheme": own_scheme.name if own_scheme else scheme,
         "derived": derived,
         "source": source or file.name,
         "labels": {str(i): table[int(i)].name for i in present},
@@ -201,6 +203,8 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         folder = Path(draft) / name
         folder.mkdir()
         save_label_map(folder / "labels.nii.gz", data, Volume(data, affine), present)
+        if own_scheme:
+            (folder / own_scheme.name).write_text(own_scheme.read_text())
         (folder / "labels.json").write_text(json.dumps(record, indent=2) + "\n")
         lines = [f"# {name}", "", f"Imported from `{file.name}` with scheme `{scheme}`."]
         lines += [f"Derived, not drawn: {table[int(i)].name} = {how}." for i, how in derived.items()]

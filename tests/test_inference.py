@@ -223,7 +223,9 @@ def test_the_network_sees_sizes_it_can_take(monkeypatch: pytest.MonkeyPatch) -> 
     # 24 x 24 x 32 = 18,432 and 40 x 24 x 32 are above the limit: tiles. All tiles have the window's size.
     assert set(seen) == {(1, 1, 16, 24, 32)}
     seen.clear()
-    predict(torch.rand(16, 25, 32), Fake(Recorder(), window=(16, 24, 32)), CPU)  # 16 x 32 x 32 = 16,384 voxels: in one go
+    predict(
+        torch.rand(16, 25, 32), Fake(Recorder(), window=(16, 24, 32)), CPU
+    )  # 16 x 32 x 32 = 16,384 voxels: in one go
     assert seen == [(1, 1, 16, 32, 32)]
 
 

@@ -107,7 +107,6 @@ def validation_table(
         generator = config.generator.model_copy(
             update={"contrast": config.generator.contrast.model_copy(update=weights), "artefacts": quiet}
         )
-        overlap, total = np.zeros(len(target)), np.zeros(len(target))
         scores: list[np.ndarray] = []
         for template in templates:
             index = exact_index(template, target)
@@ -120,15 +119,14 @@ def validation_table(
             n = len(target)
             both = torch.bincount(truth[truth == guess], minlength=n).double().numpy()
             size = (torch.bincount(truth, minlength=n) + torch.bincount(guess, minlength=n)).double().numpy()
-            overlap += both
-            total += size
             scores.append(
                 np.where(torch.bincount(truth, minlength=n).numpy() > 0, 2 * both / np.maximum(size, 1), np.nan)
             )
-        mean = np.nanmean(np.stack(scores), axis=0)
-        table[contrast] = {
-            target.names[c]: round(float(mean[c]), 4) for c in range(1, len(target)) if np.isfinite(mean[c])
-        }
+        table[contrast] = {}
+        for c in range(1, len(target)):
+            found = [score[c] for score in scores if np.isfinite(score[c])]
+            if found:
+                table[contrast][target.names[c]] = round(float(np.mean(found)), 4)
     return table
 
 

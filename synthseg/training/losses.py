@@ -14,8 +14,8 @@ def group_log_probabilities(logits: torch.Tensor, groups: torch.Tensor) -> torch
     log_p = torch.log_softmax(logits.float(), dim=0)
     if groups.shape[0] == groups.shape[1] and bool((groups == torch.eye(len(groups), device=groups.device)).all()):
         return log_p
-    probability = groups.to(log_p.dtype) @ log_p.exp()
-    return probability.clamp_min(1e-7).log()
+    rows = [torch.logsumexp(log_p[row], dim=0) for row in groups]  # keeps a gradient where a probability is tiny
+    return torch.stack(rows)
 
 
 def dice_and_cross_entropy(

@@ -70,9 +70,9 @@ def test_affine_part_is_exact(shape: tuple[int, int, int], flip: bool) -> None:
 def test_landmarks(matrix: np.ndarray, seen_mm: tuple[int, ...], read_mm: tuple[int, ...]) -> None:
     shape, voxel, spacing, center = (13, 17, 15), 2.0, (1.5, 1.0, 2.0), (30.0, 40.0, 50.0)
     got = coordinates(affine_plan(matrix), shape, voxel, center, spacing)
-    voxel_index = tuple(int((n - 1) / 2 + mm / voxel) for n, mm in zip(shape, seen_mm, strict=True))
+    d, h, w = (int((n - 1) / 2 + mm / voxel) for n, mm in zip(shape, seen_mm, strict=True))
     expected = np.array(center) + np.array(read_mm) / np.array(spacing)
-    assert got.numpy()[(slice(None), *voxel_index)] == pytest.approx(expected, abs=1e-4)
+    assert got.numpy()[:, d, h, w] == pytest.approx(expected, abs=1e-4)
 
 
 def test_drawn_affines_keep_to_their_ranges() -> None:

@@ -68,7 +68,12 @@ def test_a_stage_does_not_move_the_draws_of_another(section: str, changes: dict[
 def test_every_stage_has_a_stream_of_its_own(head: LabelTable, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[Any] = []
     made = rng.generator
-    monkeypatch.setattr(rng, "generator", lambda *key: keys.append(key) or made(*key))
+
+    def spy(*key: Any) -> torch.Generator:
+        keys.append(key)
+        return made(*key)
+
+    monkeypatch.setattr(rng, "generator", spy)
     sample_plan(config(), "t", head, 3, 17)
     assert sorted(keys) == [(3, 17, stage) for stage in ("artefacts", "contrast", "deform", "strip")]
 

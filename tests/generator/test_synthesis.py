@@ -172,7 +172,7 @@ def test_partial_volume_follows_rotation_and_scale(half_space: Template) -> None
 @pytest.mark.parametrize("flip", [False, True])
 def test_partial_volume_is_the_mean_of_eight_points(tiny_template: Template, flip: bool) -> None:
     table, ids = tiny_template.table, np.pad(tiny_template.labels, 40)
-    shape, voxel, shift = (9, 12, 11), 3.1, np.array([0.7, -1.3, 2.1])
+    shape, voxel, shift = (9, 12, 11), 3.1416, np.array([0.7071, -1.3279, 2.1113])
     matrix = np.array([[0.9, -0.5, 0.2], [0.4, 1.1, -0.3], [0.1, 0.6, 0.8]])
     expected = np.zeros(shape)
     for offset in np.ndindex(2, 2, 2):
