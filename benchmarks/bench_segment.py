@@ -78,7 +78,10 @@ def main() -> None:
                 flush=True,
             )
     if options.out:
-        options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=2) + "\n")
+        from synthseg.networks.checkpoint import load_model
+
+        record = {"sha256": load_model(options.model).sha256, "threads": options.threads, "rows": rows}
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

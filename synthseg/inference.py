@@ -250,7 +250,7 @@ def _run(
     image: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor], window: tuple[int, int, int]
 ) -> torch.Tensor:
     """Probabilities (1, C, D, H, W): in one go if memory allows, else in tiles of the training's window."""
-    if image.numel() <= max(WHOLE_RUN_VOXELS, np.prod(window)):
+    if image.numel() <= max(WHOLE_RUN_VOXELS, int(np.prod(window))):
         return predictor(image)
     from monai.inferers import sliding_window_inference
 

@@ -135,6 +135,17 @@ def mean_dice(table: dict[str, dict[str, float]]) -> float:
     return float(np.mean([np.mean(list(row.values())) for row in table.values()]))
 
 
+def _history(record: dict[str, Any]) -> dict[str, Any]:
+    """What a model file says of the run that made it."""
+    generator = record.get("config", {}).get("generator", {})
+    return {
+        "steps": record.get("steps", 0),
+        "train_seconds": record.get("train_seconds", 0.0),
+        "voxel_size_mm": generator.get("voxel_size_mm"),
+        "templates": record.get("templates", []),
+    }
+
+
 class Trainer:
     """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path."""
 
@@ -161,8 +172,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.plain = SegmentationNetwork(config.network, len(self.target))
         self.state = RunState()
+        self.earlier: list[dict[str, Any]] = []
+        if config.init:
+            weights, record = read_tensors(model_path(config.init))
+            self.earlier = [*record.get("earlier", []), _history(record)]
+            self._check_held_out()
         if config.init and not resume:
-            weights, _ = read_tensors(model_path(config.init))
             kept, fresh = transfer(self.plain, grown_names(weights) if config.grow else weights)
             log.info("%d tensors taken from %s, %d start anew: %s", kept, config.init, len(fresh), fresh)
         optimiser = make_optimiser(self.plain, config.optimiser)
@@ -170,6 +185,14 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
         if resume:
             self._resume()
+
+    def _check_held_out(self) -> None:
+        """A template that an earlier run has seen is not held out."""
+        seen = {name for run in self.earlier for name in run["templates"]} & {t.name for t in self.held_out}
+        if seen:
+            raise ConfigError(
+                f"validation_templates: {self.config.init} was trained on {sorted(seen)}; hold out others"
+            )
 
     # -- state -----------------------------------------------------------------------------------------------------
     @property
@@ -222,6 +245,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.plain.parameters()),
             "steps": self.state.step,
             "train_seconds": round(self.state.seconds, 1),
+            "earlier": self.earlier,
             "validation": self.state.validation,
         }
 
