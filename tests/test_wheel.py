@@ -1,0 +1,67 @@
+"""The wheel, installed outside the repository, finds its weights, schemes, templates, recipes and sample."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+FIND = """
+import json, sys, synthseg
+from pathlib import Path
+from synthseg.labels import available_schemes
+from synthseg.networks.checkpoint import load_model, shipped_models
+from synthseg.templates import load_template, shipped_templates
+from synthseg.config import TrainConfig, load_yaml
+from synthseg.paths import data_dir
+print(json.dumps({
+    "where": str(Path(synthseg.__file__).parent),
+    "schemes": available_schemes(),
+    "models": {name: len(load_model(name).labels) for name in shipped_models()},
+    "templates": {name: len(load_template(name).table) for name in shipped_templates()},
+    "recipe": load_yaml(TrainConfig, "phantom").name,
+    "sample": (data_dir("samples") / "colin27_t1.nii.gz").is_file(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", str(REPOSITORY), "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run(build, check=True, capture_output=True, timeout=200)
+    (wheel,) = folder.glob("synthseg-*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, timeout=200
+    )
+    return folder / "site"
+
+
+def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None:
+    import json
+
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIND], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert Path(found["where"]) == installed / "synthseg"
+    assert found["schemes"] == ["brainweb", "head", "siam16"]
+    assert found["models"] == {"siam16": 17}
+    assert found["templates"] == {"phantom": 46}
+    assert found["recipe"] == "phantom"
+    assert found["sample"]
+
+
+def test_the_wheel_holds_no_scripts_of_the_repository(installed: Path) -> None:
+    (wheel,) = installed.parent.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "synthseg/_data/templates/phantom/labels.nii.gz" in names
+    assert "synthseg/weights/siam16.safetensors" in names
+    assert not [name for name in names if name.startswith("synthseg/_data") and name.endswith(".py")]
