@@ -54,7 +54,7 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     assert Path(found["where"]) == installed / "synthseg"
     assert found["schemes"] == ["brainweb", "head", "siam16"]
     assert found["models"] == {"siam16": 17}
-    assert found["templates"] == {"phantom": 46}
+    assert found["templates"] == {"phantom": 55}
     assert found["recipe"] == "phantom"
     assert found["sample"]
 
