@@ -20,7 +20,7 @@ def looks_like_hounsfield(image: torch.Tensor) -> bool:
 
 
 def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> torch.Tensor:
-    """Map a (D, H, W) image to [0, 1] robustly: percentiles of the voxels that are not background.
+    """Map an image of any shape to [0, 1] robustly: percentiles of the voxels that are not background.
 
     The background (the most negative value, exact zeros in stripped scans, dark air otherwise) would pull the
     percentiles by how much air the field of view holds, so the upper percentile is taken over voxels above a small
@@ -31,9 +31,7 @@ def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> tor
     if not bool(finite.all()):
         floor = image[finite].min() if bool(finite.any()) else torch.tensor(0.0)
         image = torch.where(finite, image, floor)
-    sample = image.flatten()
-    if sample.numel() > 200_000:
-        sample = sample[:: sample.numel() // 100_000]
+    sample = _spread_sample(image.flatten())
     floor = torch.quantile(sample, low)
     sample = sample[sample > floor + 0.1 * (sample.mean() - floor)]
     if sample.numel() < 2:
@@ -43,3 +41,12 @@ def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> tor
     if ceiling <= floor:
         return torch.zeros_like(image)
     return ((image - floor) / (ceiling - floor)).clamp(0.0, 1.0)
+
+
+def _spread_sample(values: torch.Tensor, most: int = 200_000) -> torch.Tensor:
+    """At most ``most`` of the values, spread evenly by the golden ratio: a fixed stride could hit few planes only."""
+    n = values.numel()
+    if n <= most:
+        return values
+    fraction = (torch.arange(most, dtype=torch.float64, device="cpu") * 0.6180339887498949) % 1.0
+    return values[(fraction * n).long().to(values.device)]

@@ -47,8 +47,9 @@ def render(
     image = artefacts.gamma(image, stages)
     image = artefacts.acquire(image, stages, plans[0].voxel_size_mm)
     seen = artefacts.field_of_view(image, stages)
+    result = torch.zeros_like(image)
     for b, plan in enumerate(plans):
         if not all(plan.contrast.visible):  # stripping comes after the acquisition: exact zeros around the brain
-            seen[b, 0] &= labels[b] > 0
-    image = torch.stack([normalise(single) for single in image.masked_fill(~seen, 0.0)])
-    return image.masked_fill(~seen, 0.0), labels.masked_fill(~seen[:, 0], 0)
+            image[b, 0].masked_fill_(labels[b] == 0, 0.0)
+        result[b][seen[b]] = normalise(image[b][seen[b]])  # what the scan does not cover has no say
+    return result, labels.masked_fill(~seen[:, 0], 0)
