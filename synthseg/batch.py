@@ -33,6 +33,7 @@ class Job:
     source: Path
     target: Path
     overview: Path | None = None
+    named: bool = True  # by the user; False if it was found in a folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def plan_jobs(inputs: Sequence[Path], output: Path | None = None, overview: Path
     ``<name>_seg.nii.gz``. ``overview`` is the picture of one scan, or a stem for several.
     """
     scans = find_scans(inputs)
+    named = {path for path in inputs if not path.is_dir()}
     one_file = len(inputs) == 1 and not inputs[0].is_dir()
     if output is not None and not one_file and (image_suffix(output) or output.is_file()):
         raise OutputError(f"{output}: is a file name, but {len(scans)} scans are to be written; expected a folder")
@@ -83,7 +85,7 @@ def plan_jobs(inputs: Sequence[Path], output: Path | None = None, overview: Path
         picture = overview
         if overview is not None and len(scans) > 1:
             picture = overview.with_name(f"{overview.stem}_{image_stem(scan)}{overview.suffix}")
-        jobs.append(Job(scan, _target(scan, output), picture))
+        jobs.append(Job(scan, _target(scan, output), picture, scan in named))
     return jobs
 
 
@@ -99,9 +101,13 @@ def _target(scan: Path, output: Path | None) -> Path:
 
 
 def check_jobs(jobs: Sequence[Job], table: Path | None = None, overwrite: bool = False) -> None:
-    """Check every path before any work: sources readable; outputs distinct, free and writable."""
+    """Check every path before any work: sources readable; outputs distinct, free and writable.
+
+    An unreadable file among several that a folder holds is left to fail on its own.
+    """
     for job in jobs:
-        check_readable(job.source)
+        if job.named or len(jobs) == 1:
+            check_readable(job.source)
     sources = {os.path.realpath(job.source): job.source for job in jobs}
     writers: dict[str, Path] = {}
     outputs = [(path, job.source) for job in jobs for path in (job.target, job.overview) if path is not None]

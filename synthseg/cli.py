@@ -336,11 +336,11 @@ app.add_typer(templates_app, name="templates")
 @templates_app.command("list")
 def templates_list(debug: DebugOption = False) -> None:
     """The templates that ship, with their scheme."""
-    import json
+    from synthseg.templates import read_record
 
     for folder in _shipped("templates", "*/"):
-        if (folder / "labels.json").is_file():
-            record = json.loads((folder / "labels.json").read_text())
+        if (folder / "labels.nii.gz").is_file():
+            record = read_record(folder)
             typer.echo(f"{folder.name}\t{record['scheme']}\t{len(record['labels'])} labels\t{folder}")
 
 

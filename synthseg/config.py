@@ -266,7 +266,7 @@ def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -
 def generator_config(path: Path | None, overrides: Sequence[str] = ()) -> GeneratorConfig:
     """Generator settings from a YAML file of their own, from the ``generator`` section of a recipe, or the defaults."""
     record = read_yaml(path) if path else {}
-    record = record.get("generator", record)
+    record = record.get("generator", record) or {}
     for assignment in overrides:
         set_by_path(record, assignment.removeprefix("generator."))
     return parse(GeneratorConfig, record, str(path or "--set"))

@@ -18,16 +18,16 @@ from scipy import ndimage
 
 from synthseg import intensity
 from synthseg.devices import has_native_bf16
-from synthseg.errors import DeviceError
-from synthseg.labels import LabelTable
-from synthseg.metrics import BRAIN_TISSUES, PARENCHYMA_TISSUES, tissue_mask
+from synthseg.errors import DeviceError, InputError
+from synthseg.labels import BRAIN_TISSUES, PARENCHYMA_TISSUES, LabelTable, tissue_mask
 from synthseg.volume import Volume, apply_separable, canonical, centred_matrix, from_canonical
 
 WHOLE_RUN_VOXELS = 12_000_000  # a larger grid runs in tiles, so that memory stays bounded
 WINDOW_OVERLAP = 0.25
+MAX_GRID_VOXELS = 80_000_000  # about 8 GB with 17 classes
 SOFTMAX_VOXELS = 1_000_000  # converted at once
 HEAD_GRID_MM = 4.0
-HEAD_THRESHOLD = 0.1  # of the normalised intensity; what is darker everywhere beyond a plane is air
+HEAD_THRESHOLD = 0.15  # of the median intensity of the foreground; what is darker everywhere beyond a plane is air
 HEAD_MARGIN_MM = 15.0
 SLAB_BYTES = 256 * 2**20  # of probabilities held at once while they are resampled
 MINOR_FRACTION = 0.2  # a further component is kept only if it has this fraction of the largest one's voxels
@@ -105,6 +105,7 @@ def segment(
             whole = canonical(volume)
             box = head_box(whole)
             ras = crop(whole, box)
+            _check_size(ras, model.voxel_size_mm)
             image = conform(ras, model.voxel_size_mm)
         with step("network"):
             probabilities = predict(image, model, device, tta=tta, mixed_precision=mixed_precision)
@@ -142,8 +143,9 @@ def head_box(ras: Volume) -> Box:
     Looked for on a coarse grid, where noise is averaged away. Saves most of the time and memory of a scan with much
     air around the head, and makes the result independent of how much air there is.
     """
-    coarse = conform(ras, HEAD_GRID_MM)
-    seen = coarse > HEAD_THRESHOLD
+    coarse = resample(ras, HEAD_GRID_MM)
+    floor, median = intensity.foreground(coarse)
+    seen = coarse > floor + HEAD_THRESHOLD * (median - floor)  # the median, so that a bright object decides nothing
     sides = []
     for axis in range(3):
         n, spacing = ras.data.shape[axis], ras.spacing_mm[axis]
@@ -167,6 +169,18 @@ def crop(ras: Volume, box: Box) -> Volume:
     return Volume(ras.data[box], affine)
 
 
+def _check_size(ras: Volume, voxel_size_mm: float) -> None:
+    """Refuse a field of view whose probabilities would not fit into memory: most often a wrong voxel size."""
+    n = float(np.prod([float(side) for side in grid_shape(ras, voxel_size_mm)]))
+    if n > MAX_GRID_VOXELS:
+        extent = " x ".join(f"{side:.0f}" for side in ras.extent_mm)
+        spacing = " x ".join(f"{side:.3g}" for side in ras.spacing_mm)
+        raise InputError(
+            f"the field of view is {extent} mm ({spacing} mm voxels), too large for a head; "
+            "correct the voxel size in the header, or crop the scan to the head"
+        )
+
+
 def grid_shape(ras: Volume, voxel_size_mm: float) -> tuple[int, int, int]:
     """Size of the isotropic grid that covers the field of view, at least one voxel along each axis."""
     d, h, w = (max(1, int(np.ceil(extent / voxel_size_mm - 1e-3))) for extent in ras.extent_mm)
@@ -178,14 +192,19 @@ def conform(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
 
     The grid shares its centre with the field of view of the scan.
     """
-    image = finite_image(ras.data)
+    return intensity.normalise(resample(ras, voxel_size_mm))
+
+
+def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
+    """Finite intensities, windowed if CT, on the isotropic grid; float32 (D, H, W)."""
+    image = intensity.fill_as_air(finite_image(ras.data))
     if intensity.looks_like_hounsfield(image):
         image = image.clamp(*intensity.CT_WINDOW_HU)
     matrices = [
         centred_matrix(n_in, n_out, spacing, voxel_size_mm)
         for n_in, n_out, spacing in zip(image.shape, grid_shape(ras, voxel_size_mm), ras.spacing_mm, strict=True)
     ]
-    return intensity.normalise(apply_separable(image[None], matrices)[0])
+    return apply_separable(image[None], matrices)[0]
 
 
 def finite_image(data: np.ndarray) -> torch.Tensor:
@@ -304,7 +323,8 @@ def _remove(probabilities: torch.Tensor, winner: torch.Tensor, classes: np.ndarr
 def stray_components(mask: np.ndarray, count: int | None) -> np.ndarray:
     """Voxels of a mask (D, H, W) outside its ``count`` largest 26-connected components (None: any).
 
-    All but the largest must also have MINOR_FRACTION of its voxels to be kept.
+    All but the largest must also have MINOR_FRACTION of its voxels to be kept. A component that touches the border of
+    the array is always kept: what joins it to the others may lie outside the field of view.
     """
     stray = np.zeros_like(mask)
     box = ndimage.find_objects(mask.astype(np.uint8))
@@ -317,6 +337,11 @@ def stray_components(mask: np.ndarray, count: int | None) -> np.ndarray:
     ranked = np.argsort(-sizes, kind="stable")[:count]
     kept = np.zeros(n_components + 1, dtype=bool)
     kept[1 + ranked[sizes[ranked] >= MINOR_FRACTION * sizes.max()]] = True
+    for axis, side in enumerate(box[0]):
+        if side.start == 0:
+            kept[np.take(components, 0, axis)] = True
+        if side.stop == mask.shape[axis]:
+            kept[np.take(components, -1, axis)] = True
     kept[0] = True
     stray[box[0]] = ~kept[components]
     return stray

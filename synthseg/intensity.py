@@ -8,15 +8,47 @@ CT_WINDOW_HU = (-100.0, 150.0)
 
 
 def looks_like_hounsfield(image: torch.Tensor) -> bool:
-    """Whether intensities are Hounsfield units: a good part of the scan is air near -1000 and nothing far below it.
+    """Whether intensities are Hounsfield units.
 
-    MR magnitude images have no large negative values; CT scanners store air at -1000 and padding down to -3024.
+    Decided by the scan, not by the value that fills the corners (-1000, -2000, -3024, -8192, ...): there is air far
+    below zero; of the rest, the median is soft tissue or bone and a part lies in the range of brain and water; and the
+    air is noisy or there is fat. An MR image with a negative fill value has one value there, and nothing up to zero.
     """
-    minimum = float(image.min())
-    if not -4000.0 <= minimum <= -700.0:
+    if float(image.min()) > -200.0:
         return False
-    below = (image < -700.0).float().mean()
-    return bool(below > 0.02) and float(image.max()) > 100.0
+    sample = _spread_sample(image.flatten())
+    air = (sample < -500.0).float().mean()
+    head = sample[sample > -500.0]
+    if air < 0.01 or head.numel() < 100 or float(image.max()) <= 100.0:
+        return False
+    brain = ((head > 0) & (head < 100)).float().mean()
+    fat = ((head > -300) & (head < -20)).float().mean()
+    noisy_air = len(torch.unique(sample[(sample > -1100.0) & (sample < -900.0)])) > 5
+    return bool(-200 < head.median() < 400 and brain > 0.05 and (fat > 0.005 or noisy_air))
+
+
+def fill_as_air(image: torch.Tensor) -> torch.Tensor:
+    """A value that fills most corners and a fifth of the image, but is not its minimum, is air: make it the minimum.
+
+    Standardised skull-stripped scans hold zero around a brain of positive and negative values.
+    """
+    corners = image[:: max(1, image.shape[0] - 1), :: max(1, image.shape[1] - 1), :: max(1, image.shape[2] - 1)]
+    value = corners.flatten().median()
+    lowest = image.min()
+    if value == lowest or (corners == value).float().mean() < 0.6:
+        return image
+    filled = image == value
+    if filled.float().mean() < 0.2:
+        return image
+    return torch.where(filled, lowest, image)
+
+
+def foreground(image: torch.Tensor, low: float = 0.01) -> tuple[float, float]:
+    """The floor of an image (its ``low`` percentile) and the median of the voxels that are not background."""
+    sample = _spread_sample(image.flatten())
+    floor = torch.quantile(sample, low)
+    inside = sample[sample > floor + 0.1 * (sample.mean() - floor)]
+    return float(floor), float(inside.median() if inside.numel() else floor)
 
 
 def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,13 @@ import numpy as np
 
 from synthseg.errors import LabelError
 from synthseg.paths import data_dir
+
+PARENCHYMA_TISSUES = frozenset(
+    {"gm", "wm", "cerebellar_gm", "brainstem", "lesion"}
+    | {"thalamus", "pallidum", "putamen", "caudate", "accumbens", "amygdala", "hippocampus"}
+)
+BRAIN_TISSUES = PARENCHYMA_TISSUES | {"ventricle"}
+INTRACRANIAL_TISSUES = BRAIN_TISSUES | {"csf"}
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,11 @@ class LabelTable:
             fields["to"] = {scheme: tuple(ids) for scheme, ids in fields.get("to", {}).items()}
             labels.append(Label(**fields))
         return cls(record["name"], tuple(labels), record.get("description", ""))
+
+
+def tissue_mask(table: LabelTable, tissues: Collection[str]) -> np.ndarray:
+    """Which labels of the table are of these tissues, bool (n_labels,)."""
+    return np.array([label.tissue in tissues for label in table.labels], dtype=bool)
 
 
 def available_schemes() -> list[str]:

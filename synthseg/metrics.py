@@ -10,21 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from synthseg.labels import LabelTable
-
-PARENCHYMA_TISSUES = frozenset(
-    {"gm", "wm", "cerebellar_gm", "brainstem", "lesion"}
-    | {"thalamus", "pallidum", "putamen", "caudate", "accumbens", "amygdala", "hippocampus"}
-)
-BRAIN_TISSUES = PARENCHYMA_TISSUES | {"ventricle"}
-INTRACRANIAL_TISSUES = BRAIN_TISSUES | {"csf"}
 
 Groups = Mapping[str, tuple[Collection[int], Collection[int]]]
-
-
-def tissue_mask(table: LabelTable, tissues: Collection[str]) -> np.ndarray:
-    """Which labels of the table are of these tissues, bool (n_labels,)."""
-    return np.array([label.tissue in tissues for label in table.labels], dtype=bool)
 
 
 def dice(

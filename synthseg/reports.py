@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthseg.inference import Segmentation
-from synthseg.labels import LabelTable
-from synthseg.metrics import INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, tissue_mask
+from synthseg.labels import INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, LabelTable, tissue_mask
 from synthseg.volume import Volume, atomic_path, canonical, write_text_atomically
 
 if TYPE_CHECKING:
@@ -99,13 +98,9 @@ def overview_figure(volume: Volume, labels: np.ndarray, table: LabelTable, title
     if handles:
         size = min(9.0, 400 / len(handles))
         figure.legend(handles=handles, loc="center right", frameon=False, labelcolor="white", fontsize=size)
+    title = title.replace("$", r"\$")  # not mathematics
     figure.suptitle(f"{title}   (left of the picture is left of the head)".strip(), color="white", fontsize=11)
     return figure
-
-
-def overview_path(path: Path, scan: str, n_scans: int) -> Path:
-    """Where the picture of one scan goes: ``path`` itself for one scan, ``<stem>_<scan>.png`` for several."""
-    return path if n_scans == 1 else path.with_name(f"{path.stem}_{scan}{path.suffix}")
 
 
 def _window(data: np.ndarray) -> tuple[float, float]:

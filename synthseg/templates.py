@@ -22,7 +22,7 @@ from scipy import ndimage
 from synthseg.errors import InputError, LabelError, TemplateError
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.paths import data_dir
-from synthseg.volume import Volume, canonical, image_stem, load_volume, save_label_map
+from synthseg.volume import IMAGE_SUFFIXES, Volume, canonical, image_stem, image_suffix, load_volume, save_label_map
 
 DURA_ID, CSF_ID, BONE_IDS = 540, 24, (515, 516)
 DURA_THICKNESS_MM = 1.2
@@ -72,21 +72,34 @@ def read_label_map(path: Path) -> Volume:
 
 
 def label_map_files(folder: Path) -> list[Path]:
-    """The label maps of a folder: ``*.nii.gz``/``*.nii`` in it, or ``*/labels.nii.gz`` of imported templates."""
+    """The label maps of a folder: the images in it, or ``*/labels.nii.gz`` of imported templates."""
     if not folder.is_dir():
         raise TemplateError(f"{folder}: no such folder; give a folder of NIfTI label maps")
-    files = sorted([*folder.glob("*.nii.gz"), *folder.glob("*.nii")]) or sorted(folder.glob("*/labels.nii.gz"))
+    images = sorted(p for p in folder.iterdir() if image_suffix(p) and p.is_file() and not p.name.startswith("."))
+    files = images or sorted(folder.glob("*/labels.nii.gz"))
     if not files:
-        raise TemplateError(f"{folder}: holds no label maps (*.nii, *.nii.gz or */labels.nii.gz)")
+        raise TemplateError(f"{folder}: holds no label maps ({', '.join(IMAGE_SUFFIXES)} or */labels.nii.gz)")
     return files
 
 
 def _folder_scheme(file: Path) -> str | None:
     side = file.parent / "labels.json"
     if file.name == "labels.nii.gz" and side.is_file():
-        scheme = str(json.loads(side.read_text()).get("scheme"))
+        scheme = read_record(file.parent)["scheme"]
         return str(file.parent / scheme) if scheme.endswith(".json") else scheme
     return None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The ``labels.json`` of a template. Raises TemplateError if it does not name a scheme."""
+    file = folder / "labels.json"
+    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record["scheme"], str):
+            raise ValueError("'scheme' is not a name")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TemplateError(f"{file}: cannot be read ({error}); import the template anew") from None
+    return dict(record)
 
 
 def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], list[str]]:
@@ -104,7 +117,11 @@ def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], li
         except TemplateError as error:
             problems.append(str(error))
             continue
-        name = scheme or _folder_scheme(file)
+        try:
+            name = scheme or _folder_scheme(file)
+        except TemplateError as error:
+            problems.append(str(error))
+            continue
         if name is None:
             problems.append(f"{file}: its scheme is not known; name it with --scheme head|brainweb|siam16|FILE.json")
             continue
@@ -223,6 +240,9 @@ def import_templates(
 ) -> list[Path]:
     """Import a label map or every one of a folder. All are checked before the first is written."""
     files = [source] if source.is_file() else label_map_files(source)
+    twice = [name for name, count in Counter(_template_name(file) for file in files).items() if count > 1]
+    if twice:
+        raise TemplateError(f"{source}: holds more than one map named {twice[0]}; rename or remove one")
     for file in files:
         load_scheme(scheme).to_index(read_label_map(file).data, str(file))
         if (out / _template_name(file)).exists():
@@ -262,12 +282,9 @@ def expand(names: Iterable[str]) -> list[Path]:
 def load_template(folder: str | Path) -> Template:
     """Load a template by folder or shipped name. Raises TemplateError or LabelError naming the file."""
     path = find_template(folder)
-    try:
-        record = json.loads((path / "labels.json").read_text())
-        scheme = record["scheme"]
-    except (OSError, ValueError, KeyError) as error:
-        raise TemplateError(f"{path / 'labels.json'}: cannot be read ({error}); import the template anew") from None
-    table = load_scheme(path / scheme if str(scheme).endswith(".json") else scheme)
+    record = read_record(path)
+    scheme = record["scheme"]
+    table = load_scheme(path / scheme if scheme.endswith(".json") else scheme)
     volume = read_label_map(path / "labels.nii.gz")
     index = np.pad(table.to_index(volume.data, str(path / "labels.nii.gz")), 1)
     brain_tissues = {"wm", "gm", "ventricle", "cerebellar_gm"}

@@ -282,3 +282,18 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
     assert done.returncode == 0, done.stderr
     assert "segment" in done.stdout
     assert time.perf_counter() - start < 5  # a fraction of a second on a machine that is not busy
+
+
+def test_an_unreadable_file_in_a_folder_leaves_the_others_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "in" / "b.nii.gz").write_bytes(b"")
+    write_scan(tmp_path / "in" / "c$x_{$.nii.gz", 1)  # not mathematics for the title of the picture either
+    overview = str(tmp_path / "o.png")
+    assert run(["segment", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--overview", overview]) == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_seg.nii.gz", "c$x_{$_seg.nii.gz"]
+    assert (tmp_path / "o_c$x_{$.png").is_file()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "b.nii.gz" in errors[0]

@@ -12,6 +12,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from synthseg import inference
+from synthseg.errors import InputError
 from synthseg.inference import clean_up, conform, grid_shape, predict, segment, stray_components
 from synthseg.labels import Label, LabelTable
 from synthseg.volume import Volume, canonical, load_volume
@@ -173,6 +174,7 @@ def test_nan_and_infinity_become_the_minimum() -> None:
 def test_ct_is_windowed_before_resampling() -> None:
     """Averaged with air and metal of thousands of HU, a voxel would lose its contrast."""
     data = np.full((20, 21, 22), -1000.0, np.float32)
+    data[3:17, 3:17, 3:17] = -90  # fat
     data[4:16, 4:16, 4:16] = np.random.default_rng(0).normal(40, 20, (12, 12, 12))
     data[9:12, 10, 10] = 3000
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -273,6 +275,22 @@ def test_head_box_holds_the_head_and_leaves_out_the_air() -> None:
         assert least <= min(side.stop, n) - last <= most
 
 
+def test_a_bright_object_beside_the_head_does_not_hide_it() -> None:
+    data = np.random.default_rng(0).normal(0, 1.5, (100, 110, 90)).astype(np.float32)
+    data[10:70, 20:90, 10:80] += 100.0
+    data[80:95, 40:70, 40:60] += 2000.0
+    box = inference.head_box(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])))
+    for side, (first, last) in zip(box, ((10, 95), (20, 90), (10, 80)), strict=True):
+        assert side.start <= first
+        assert side.stop >= last
+
+
+def test_an_impossible_field_of_view_is_refused_before_memory_is_asked_for() -> None:
+    data = np.random.default_rng(0).normal(100, 20, (256, 256, 20)).astype(np.float32)
+    with pytest.raises(InputError, match=r"2560 x 2560 x 200 mm .*voxel size"):
+        segment(Volume(data, np.diag([10.0, 10.0, 10.0, 1.0])), Fake(voxel_size_mm=2.0), CPU)
+
+
 def test_more_air_around_the_head_changes_nothing() -> None:
     data = np.zeros((40, 44, 48), np.float32)
     data[8:32, 8:36, 8:40] = np.random.default_rng(0).uniform(50, 100, (24, 28, 32))
@@ -293,12 +311,25 @@ def test_stray_components_by_hand() -> None:
     mask[2, 5, 1] = True  # touches it at a corner only: the same component
     mask[5, 0:3, 5] = True  # three voxels
     mask[6, 6, 0:2] = True  # two voxels: below a fifth of eleven
+    mask = np.pad(mask, 1)
     one, two, three = (stray_components(mask, count) for count in (1, 2, 3))
     assert one.sum() == 5
     assert two.sum() == three.sum() == 2
-    assert two[6, 6, 0]
+    assert two[7, 7, 1]
     assert stray_components(mask, None).sum() == 2
     assert not stray_components(np.zeros((3, 4, 5), bool), 1).any()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_component_at_the_border_is_not_stray(axis: int) -> None:
+    """What joins it to the others may lie outside the field of view, as in a scan of the lower head."""
+    mask = np.zeros((12, 12, 12), bool)
+    mask[3:9, 3:9, 3:9] = True
+    np.moveaxis(mask, axis, 0)[0, 5, 5] = np.moveaxis(mask, axis, 0)[-1, 6, 6] = True
+    np.moveaxis(mask, axis, 0)[1, 1, 1] = True  # inside: stray
+    stray = stray_components(mask, 1)
+    assert stray.sum() == 1
+    assert np.moveaxis(stray, axis, 0)[1, 1, 1]
 
 
 def certain(labels: np.ndarray, n_classes: int, sure: float = 0.9) -> torch.Tensor:
@@ -338,30 +369,30 @@ def test_clean_up_removes_strays_and_renormalises() -> None:
 
 def test_a_whole_head_has_one_brain() -> None:
     labels = np.zeros((30, 9, 8), int)
-    labels[0:10], labels[12:20] = 1, 1
+    labels[1:10, 1:8, 1:7], labels[12:20, 1:8, 1:7] = 1, 1
     probabilities = certain(labels, 4)
     clean_up(probabilities, PARTS)
     winner = probabilities.argmax(0).numpy()
-    assert (winner[0:10] == 1).all()
+    assert (winner[1:10, 1:8, 1:7] == 1).all()
     assert (winner[10:] == 0).all()
 
 
 def test_clean_up_falls_back_to_background_where_nothing_else_was_likely() -> None:
     labels = np.zeros((8, 9, 10), int)
-    labels[0:4], labels[7, 8, 9] = 1, 1
+    labels[0:4], labels[6, 7, 8] = 1, 1
     probabilities = certain(labels, 4, sure=1.0)
     clean_up(probabilities, PARTS)
-    np.testing.assert_array_equal(probabilities[:, 7, 8, 9], [1, 0, 0, 0])
+    np.testing.assert_array_equal(probabilities[:, 6, 7, 8], [1, 0, 0, 0])
 
 
 def test_in_a_thin_field_of_view_large_pieces_stay() -> None:
-    labels = np.zeros((30, 9, 2), int)
-    labels[0:10], labels[12:20], labels[25, 0, 0] = 1, 1, 1
+    labels = np.zeros((30, 9, 4), int)
+    labels[1:10, 1:8, 1:3], labels[12:20, 1:8, 1:3], labels[25, 1, 1] = 1, 1, 1
     probabilities = certain(labels, 4)
     clean_up(probabilities, PARTS, whole_head=False)
     winner = probabilities.argmax(0).numpy()
-    assert (winner[12:20] == 1).all()
-    assert winner[25, 0, 0] == 0
+    assert (winner[12:20, 1:8, 1:3] == 1).all()
+    assert winner[25, 1, 1] == 0
 
 
 # ------------------------------------------------------------------------------------------------- remarks

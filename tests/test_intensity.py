@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synthseg.intensity import looks_like_hounsfield, normalise
+from synthseg.intensity import fill_as_air, looks_like_hounsfield, normalise
 
 
 def scan(air: float = 0.0, tissue: float = 100.0, bright: float = 200.0, noise: float = 3.0) -> torch.Tensor:
@@ -142,3 +142,43 @@ def test_large_images_are_sampled_the_same_way() -> None:
 def test_tiny_images(shape: tuple[int, ...]) -> None:
     out = normalise(torch.arange(float(np.prod(shape))).reshape(shape))
     assert torch.isfinite(out).all()
+
+
+# ---------------------------------------------------------------- fill values
+
+
+@pytest.mark.parametrize("fill", [-8192.0, -32768.0])
+def test_ct_with_an_odd_padding_is_recognised(fill: float) -> None:
+    ct = scan(-1000, 30, 900)
+    ct[:2] = fill
+    assert looks_like_hounsfield(ct)
+
+
+def test_mr_with_a_negative_fill_value_is_not_ct() -> None:
+    image = scan(5, 300, 700).clamp_min(0)
+    image[:3] = -1024.0
+    assert not looks_like_hounsfield(image)
+
+
+def test_the_fill_value_of_a_standardised_stripped_scan_becomes_its_minimum() -> None:
+    image = torch.zeros(12, 13, 14)
+    brain = torch.randn(6, 7, 8, generator=torch.Generator().manual_seed(0))
+    image[3:9, 3:10, 3:11] = brain
+    filled = fill_as_air(image)
+    assert float(filled[0, 0, 0]) == float(brain.min())
+    torch.testing.assert_close(filled[3:9, 3:10, 3:11], brain)
+    assert float(image[0, 0, 0]) == 0.0  # the input is not modified
+
+
+def test_a_scan_without_a_fill_value_is_left_alone() -> None:
+    for image in (scan(), scan(-1000, 30, 900), scan(0, 0.4, 2.5, 0.0)):
+        torch.testing.assert_close(fill_as_air(image), image)
+
+
+def test_percentiles_do_not_alias_with_the_grid() -> None:
+    """With a fixed stride, 224 x 224 x 200 voxels were sampled in two planes only."""
+    image = torch.zeros(60, 224, 200)
+    image[..., 0] = image[..., 100] = 50.0
+    image[..., 10:90] = 100.0
+    assert float(normalise(image)[..., 10:90].mean()) > 0.99
+    assert 0.4 < float(normalise(image)[0, 0, 0]) < 0.6

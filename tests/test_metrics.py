@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from synthseg.labels import load_scheme
-from synthseg.metrics import BRAIN_TISSUES, INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, dice, dice_table, tissue_mask
+from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, load_scheme, tissue_mask
+from synthseg.metrics import dice, dice_table
 
 PRED = np.array([[0, 1, 1, 2], [0, 1, 2, 2]])
 REF = np.array([[0, 1, 3, 2], [1, 1, 2, 3]])

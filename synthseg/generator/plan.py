@@ -18,25 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from synthseg import rng
 from synthseg.config import ArtefactConfig, ContrastConfig, DeformConfig, GeneratorConfig
 from synthseg.errors import ConfigError
-from synthseg.labels import LabelTable
+from synthseg.labels import BRAIN_TISSUES, LabelTable
 
-BRAIN_TISSUES = frozenset(
-    [
-        "wm",
-        "gm",
-        "ventricle",
-        "cerebellar_gm",
-        "thalamus",
-        "caudate",
-        "putamen",
-        "pallidum",
-        "hippocampus",
-        "amygdala",
-        "accumbens",
-        "brainstem",
-        "lesion",
-    ]
-)
 # tissue -> the tissue that it may share its mean with
 LOOK_ALIKES = {
     "ventricle": "csf",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from synthseg.config import TrainConfig, parse
-from synthseg.errors import CheckpointError, ConfigError, LabelError
+from synthseg.errors import CheckpointError, ConfigError, LabelError, OutputError
 from synthseg.labels import LabelTable
 from synthseg.networks.backbone import SegmentationNetwork, load_weights, weights_of
 from synthseg.paths import data_dir
@@ -58,6 +58,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], record: dict[str,
         with open(draft, "rb") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written ({error}); free space or choose another place") from error
     finally:
         Path(draft).unlink(missing_ok=True)
 

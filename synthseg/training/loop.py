@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from synthseg.networks.checkpoint import model_path, read_tensors, save_model, s
 from synthseg.templates import Template, expand, load_template
 from synthseg.training.losses import dice_and_cross_entropy
 from synthseg.training.optimiser import learning_rate_factor, make_optimiser
-from synthseg.training.stream import SyntheticStream, group_table, loader
+from synthseg.training.stream import Batch, SyntheticStream, group_table, loader
 from synthseg.volume import write_text_atomically
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ class RunState:
     seconds: float = 0.0
     best: float = -1.0
     validation: dict[str, Any] = field(default_factory=dict)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+
+
+# What a resumed run may not change: its figures and its history would be false.
+FIXED_BY_THE_START = ("scheme", "templates", "validation_templates", "seed", "batch_size", "init", "grow", "network")
 
 
 def check(config: TrainConfig) -> None:
@@ -66,8 +71,11 @@ def check(config: TrainConfig) -> None:
             f"{len(config.network.channels)} levels with subpixel {config.network.subpixel}; try {fitting}"
         )
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
-    asked = {*config.generator.contrast.named_weights, *config.validation_contrasts}
-    unknown = sorted(c for c in asked if c not in named_contrasts() and not c.startswith("random"))
+    random = {c for c in config.validation_contrasts if c.startswith("random")}
+    asked = {*config.generator.contrast.named_weights, *config.validation_contrasts} - random
+    unknown = sorted(asked - set(named_contrasts()))
+    if config.validation_templates and not config.validation_contrasts:
+        raise ConfigError("validation_contrasts is empty, but validation_templates are given; name a contrast")
     if unknown:
         raise ConfigError(
             f"named_weights, validation_contrasts: there is no contrast {unknown}; "
@@ -172,23 +180,36 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.plain = SegmentationNetwork(config.network, len(self.target))
         self.state = RunState()
-        self.earlier: list[dict[str, Any]] = []
-        if config.init:
-            weights, record = read_tensors(model_path(config.init))
-            self.earlier = [*record.get("earlier", []), _history(record)]
-            self._check_held_out()
+        self.start = "random weights"
         if config.init and not resume:
-            kept, fresh = transfer(self.plain, grown_names(weights) if config.grow else weights)
-            log.info("%d tensors taken from %s, %d start anew: %s", kept, config.init, len(fresh), fresh)
+            weights, record = read_tensors(model_path(config.init))
+            self.state.earlier = [*record.get("earlier", []), _history(record)]
+            self._check_held_out()
+            self._start_from(weights, record)
         optimiser = make_optimiser(self.plain, config.optimiser)
         self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
         self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
         if resume:
             self._resume()
 
+    def _start_from(self, weights: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Take over the weights that fit. Raises ConfigError if most of the network would start anew."""
+        ids = [label["id"] for label in record.get("labels", {}).get("labels", [])]
+        if ids != self.target.ids.tolist():  # the last layer means other classes, whatever its shape
+            weights = {name: tensor for name, tensor in weights.items() if "output_block" not in name}
+        _, fresh = transfer(self.plain, grown_names(weights) if self.config.grow else weights)
+        own = weights_of(self.plain)
+        new = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
+        if new > 0.5:
+            raise ConfigError(
+                f"init: of the weights of {self.config.init} only {1 - new:.0%} fit the recipe's network; use its "
+                "architecture, channels and subpixel (and 'grow: true' for one finer level), or train without init"
+            )
+        self.start = f"{1 - new:.0%} of the weights from {self.config.init}"
+
     def _check_held_out(self) -> None:
         """A template that an earlier run has seen is not held out."""
-        seen = {name for run in self.earlier for name in run["templates"]} & {t.name for t in self.held_out}
+        seen = {name for run in self.state.earlier for name in run["templates"]} & {t.name for t in self.held_out}
         if seen:
             raise ConfigError(
                 f"validation_templates: {self.config.init} was trained on {sorted(seen)}; hold out others"
@@ -210,7 +231,16 @@ class Trainer:
 
     def _resume(self) -> None:
         tensors, record = read_tensors(self._state_file)
+        then, now = record["config"], self.config.model_dump(mode="json")
+        changed = [key for key in FIXED_BY_THE_START if then.get(key) != now[key]]
+        if changed:
+            raise ConfigError(
+                f"{self._state_file}: the run was started with other {', '.join(changed)} "
+                f"({changed[0]}: {then.get(changed[0])}, now {now[changed[0]]}); "
+                "resume with the recipe of the run, or begin a new one with init"
+            )
         self.state = RunState(**record["state"])
+        self.start = f"the run of {self.folder}"
         pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         try:
             load_weights(self.plain, pick("network."))
@@ -245,7 +275,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.plain.parameters()),
             "steps": self.state.step,
             "train_seconds": round(self.state.seconds, 1),
-            "earlier": self.earlier,
+            "earlier": self.state.earlier,
             "validation": self.state.validation,
         }
 
@@ -256,7 +286,8 @@ class Trainer:
         return (
             f"{config.name}: {len(self.target)} classes of {self.target.name}, {len(self.templates)} templates, "
             f"{shape} voxels of {config.generator.voxel_size_mm:g} mm, {self.manifest()['parameters'] / 1e6:.1f} M "
-            f"parameters on {self.fabric.device}, step {self.state.step} of {config.steps}, in {self.folder}"
+            f"parameters on {self.fabric.device}, from {self.start}, step {self.state.step} of {config.steps}, "
+            f"in {self.folder}"
         )
 
     def draw_first_batch(self, path: Path) -> Path:
@@ -280,7 +311,7 @@ class Trainer:
         return path
 
     # -- work ------------------------------------------------------------------------------------------------------
-    def step(self, batch: Any) -> tuple[float, float]:
+    def step(self, batch: Batch) -> tuple[float, float]:
         """One optimiser step; returns (loss, mean soft Dice of the classes present)."""
         config = self.config
         factor = learning_rate_factor(config.optimiser, self.state.step, config.steps)
@@ -298,11 +329,11 @@ class Trainer:
             dices.append(scores[1:].nanmean())
         value = float(loss.detach())
         if not np.isfinite(value):
-            plan = self.folder / "offending_plan.json"
-            write_text_atomically(plan, "[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
-            raise TrainingError(f"the loss is {value} at step {self.state.step}; the plans that made it are in {plan}")
+            self._stop_at(batch, f"the loss is {value}")
         self.fabric.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
+        if not bool(torch.isfinite(norm)):
+            self._stop_at(batch, "the gradient is not finite")
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
@@ -313,6 +344,12 @@ class Trainer:
                 self.ema[key].copy_(value_now)
         self.state.step += 1
         return value, float(torch.stack(dices).nanmean())
+
+    def _stop_at(self, batch: Batch, what: str) -> NoReturn:
+        """End the run before it is damaged; the weights stay those of the step before."""
+        plan = self.folder / "offending_plan.json"
+        write_text_atomically(plan, "[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
+        raise TrainingError(f"{what} at step {self.state.step}; the plans that made it are in {plan}")
 
     def _draw_cells(self) -> torch.Tensor | None:
         """Which voxels of the subpixel blocks this step scores, (K,), or None for all."""

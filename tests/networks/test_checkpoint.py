@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from synthseg.config import TrainConfig, parse
-from synthseg.errors import CheckpointError
+from synthseg.errors import CheckpointError, OutputError
 from synthseg.labels import load_scheme
 from synthseg.networks import checkpoint
 from synthseg.networks.backbone import SegmentationNetwork
@@ -164,7 +164,7 @@ def test_nothing_is_left_when_saving_fails(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", fail_late)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written .No space"):
             save_tensors(target, {"a": torch.zeros(3)}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert target.read_bytes() == b"the one before"

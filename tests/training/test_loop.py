@@ -194,10 +194,54 @@ def test_resuming_what_is_not_there(template_folders: dict[str, Path], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_another_network_is_refused(template_folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["network__channels", "templates", "seed", "batch_size"])
+def test_resuming_with_another_recipe_is_refused(key: str, template_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The figures and the history in the model file would be false."""
+    other = {
+        "network__channels": [8, 8, 10],
+        "templates": [str(template_folders["head"])],
+        "seed": 1,
+        "batch_size": 2,
+    }
     Trainer(recipe(template_folders), tmp_path).run(until=1)
-    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-        Trainer(recipe(template_folders, network__channels=[8, 8, 10]), tmp_path, resume=True)
+    name = key.partition("__")[0]
+    with pytest.raises(ConfigError, match=rf"state\.safetensors: the run was started with other {name}"):
+        Trainer(recipe(template_folders, **{key: other[key]}), tmp_path, resume=True)
+    Trainer(recipe(template_folders, steps=9), tmp_path, resume=True)  # a longer run is another matter
+
+
+def test_init_that_does_not_fit_is_refused(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    Trainer(recipe(template_folders), tmp_path / "a").run(until=1)
+    model = str(tmp_path / "a" / "last.safetensors")
+    with pytest.raises(ConfigError, match="of the weights"):
+        Trainer(recipe(template_folders, init=model, network__channels=[12, 14, 16]), tmp_path / "b")
+    fitting = Trainer(recipe(template_folders, init=model), tmp_path / "b")
+    assert "100% of the weights" in fitting.describe()
+    assert [run["steps"] for run in fitting.manifest()["earlier"]] == [1]
+
+
+def test_other_classes_get_a_new_last_layer(template_folders: dict[str, Path], tmp_path: Path) -> None:
+    Trainer(recipe(template_folders), tmp_path / "a").run(until=1)
+    model = str(tmp_path / "a" / "last.safetensors")
+    heads = [str(template_folders["head"])]
+    other = Trainer(recipe(template_folders, init=model, scheme="head", templates=heads), tmp_path / "b")
+    old, new = read_tensors(Path(model))[0], weights_of(other.plain)
+    name = next(name for name in new if "bottleneck" in name)
+    torch.testing.assert_close(new[name].detach(), old[name].float())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    template_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer = Trainer(recipe(template_folders), tmp_path)
+    trainer.run(until=1)
+    before = {name: tensor.detach().clone() for name, tensor in weights_of(trainer.plain).items()}
+    next(trainer.plain.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="gradient is not finite at step 1"):
+        trainer.run()
+    for name, tensor in weights_of(trainer.plain).items():
+        torch.testing.assert_close(tensor.detach(), before[name])
+    assert (tmp_path / "offending_plan.json").is_file()
 
 
 def test_scoring_some_voxels_of_each_block(template_folders: dict[str, Path], tmp_path: Path) -> None:
