@@ -21,8 +21,9 @@ tune_allocator()
 import torch  # noqa: E402
 
 from synthseg.config import TrainConfig, parse  # noqa: E402
-from synthseg.training.loop import Trainer, mean_dice  # noqa: E402
+from synthseg.training.loop import Trainer  # noqa: E402
 from synthseg.training.stream import SyntheticStream  # noqa: E402
+from synthseg.training.validation import mean_dice  # noqa: E402
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "DynUNet 32-64-128-192": {"architecture": "dynunet", "channels": [32, 64, 128, 192]},

@@ -6,11 +6,10 @@ A run folder holds ``train.json`` (manifest), ``state.safetensors`` (to resume),
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,9 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from synthseg import __version__, rng
 from synthseg.config import TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
-from synthseg.generator.plan import named_contrasts, sample_plan
-from synthseg.generator.synthesis import render
-from synthseg.labels import LabelTable, load_scheme
+from synthseg.generator.plan import named_contrasts
+from synthseg.labels import load_scheme
 from synthseg.networks.backbone import (
     SegmentationNetwork,
     grown_names,
@@ -37,13 +35,12 @@ from synthseg.networks.backbone import (
     weights_of,
 )
 from synthseg.networks.checkpoint import model_path, read_tensors, save_model, save_tensors
-from synthseg.templates import Template, expand, load_template
+from synthseg.templates import expand, load_template
 from synthseg.training.losses import dice_and_cross_entropy
 from synthseg.training.optimiser import learning_rate_factor, make_optimiser
-from synthseg.training.stream import Batch, SyntheticStream, group_table, loader
+from synthseg.training.stream import Batch, SyntheticStream, loader
+from synthseg.training.validation import exact_index, mean_dice, validation_table
 from synthseg.volume import write_text_atomically
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,66 +78,6 @@ def check(config: TrainConfig) -> None:
             f"named_weights, validation_contrasts: there is no contrast {unknown}; "
             f"known: {', '.join(['random', *named_contrasts()])}"
         )
-
-
-def exact_index(template: Template, target: LabelTable) -> torch.Tensor:
-    """The class of ``target`` for each label of a template. Raises ConfigError if it cannot tell classes apart."""
-    index, groups = group_table(template.table, target)
-    if not torch.equal(groups, torch.eye(len(target), dtype=torch.bool)):
-        raise ConfigError(f"validation_templates: {template.name} cannot tell all classes of {target.name} apart")
-    return index
-
-
-def validation_table(
-    network: torch.nn.Module,
-    config: TrainConfig,
-    templates: Sequence[Template],
-    target: LabelTable,
-    contrasts: Sequence[str],
-    device: torch.device | str = "cpu",
-) -> dict[str, dict[str, float]]:
-    """Hard Dice per contrast and class on rendered templates: {contrast: {class: Dice}}, from fixed plans.
-
-    Each template is rendered once per contrast, with its deformation fixed and the whole head visible. Templates that
-    cannot tell classes apart are refused: Dice needs exact labels.
-    """
-    table: dict[str, dict[str, float]] = {}
-    quiet = config.generator.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
-    for number, contrast in enumerate(contrasts):
-        weights = (
-            {"random_weight": 1.0, "named_weights": {}}
-            if contrast.startswith("random")
-            else {"random_weight": 0.0, "named_weights": {contrast: 1.0}}
-        )
-        generator = config.generator.model_copy(
-            update={"contrast": config.generator.contrast.model_copy(update=weights), "artefacts": quiet}
-        )
-        scores: list[np.ndarray] = []
-        for template in templates:
-            index = exact_index(template, target)
-            plan = sample_plan(generator, template.name, template.table, 977, number * 1000 + len(scores))
-            image, labels = render([template], [plan])
-            with torch.no_grad():
-                predicted = network(image.to(device)).argmax(1).cpu()
-            truth = index[labels.int()].long().flatten()
-            guess = predicted.flatten()
-            n = len(target)
-            both = torch.bincount(truth[truth == guess], minlength=n).double().numpy()
-            size = (torch.bincount(truth, minlength=n) + torch.bincount(guess, minlength=n)).double().numpy()
-            scores.append(
-                np.where(torch.bincount(truth, minlength=n).numpy() > 0, 2 * both / np.maximum(size, 1), np.nan)
-            )
-        table[contrast] = {}
-        for c in range(1, len(target)):
-            found = [score[c] for score in scores if np.isfinite(score[c])]
-            if found:
-                table[contrast][target.names[c]] = round(float(np.mean(found)), 4)
-    return table
-
-
-def mean_dice(table: dict[str, dict[str, float]]) -> float:
-    """Mean over contrasts and classes."""
-    return float(np.mean([np.mean(list(row.values())) for row in table.values()]))
 
 
 def _history(record: dict[str, Any]) -> dict[str, Any]:
@@ -380,8 +317,6 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
         stream = SyntheticStream(config, self.templates, self.target, first=self.state.step)
-        writer = SummaryWriter(str(self.folder))
-        history = (self.folder / "log.csv").open("a")
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -392,7 +327,11 @@ class Trainer:
         )
         last = min(until or config.steps, config.steps)
         loss_mean, dice_mean, saved = 0.0, 0.0, time.monotonic()
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with (
+            Progress(*columns, console=Console(stderr=True)) as progress,
+            contextlib.closing(SummaryWriter(str(self.folder))) as writer,
+            (self.folder / "log.csv").open("a") as history,
+        ):
             bar = progress.add_task(config.name, total=config.steps, completed=self.state.step, loss=0, dice=0, best=0)
             batches = loader(stream)
             self.network.train()
@@ -425,6 +364,4 @@ class Trainer:
                     self._save_model("last")
                     write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")
                     saved = time.monotonic()
-        history.close()
-        writer.close()
         return self.folder / "best.safetensors"

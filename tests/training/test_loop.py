@@ -13,7 +13,8 @@ from synthseg.generator.plan import Plan
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import weights_of
 from synthseg.networks.checkpoint import load_model, read_tensors
-from synthseg.training.loop import Trainer, check, mean_dice, validation_table
+from synthseg.training.loop import Trainer, check
+from synthseg.training.validation import mean_dice, validation_table
 
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
 
