@@ -151,6 +151,8 @@ CT, average of older adults, 2 mm ([Clinical toolbox](https://github.com/neurola
 ## Limits
 
 - Left and right are not separated. Brain stem, ventral DC, cerebellar white matter, lesions and spinal cord are WM.
+- The thalamus runs into the midbrain in some scans (Colin27: about twice its volume). A likely cause, not yet tested:
+  BrainWeb cannot tell thalamus from white matter, so its maps do not punish thalamus in the brain stem.
 - Dura, vessels and sulcal CSF are thinner than a voxel in many places; their Dice above says how far to trust them.
 - Of the training maps, all are adult heads. Infants, resections and large tumours were not seen.
 - Not a medical device; not for diagnosis.
