@@ -134,7 +134,7 @@ The whole command in a fresh process, {speed["threads"]} threads of a two-core C
 
 ## Other scans, looked at
 
-No labels exist for these; the pictures are the output of `synthseg segment --overview`.
+No labels exist for these; the pictures are what `--overview` of `synthseg segment` draws.
 
 T1, whole head ([brainchop](https://github.com/neuroneural/brainchop) sample):
 
