@@ -94,9 +94,10 @@ Dice, measured by
 
 ### Maps that no training saw, rendered at 1 mm
 
-{", ".join(maps)}; each rendered with a new shape and random artefacts (bias field, noise, thick slices up to 8 mm in
-half of the images) in five contrasts, and segmented as a user would. No weights were trained on them; the same maps, in other renderings, chose among the
-checkpoints of the last run. Mean over maps. Over all contrasts
+{", ".join(maps)}; each rendered with a new shape and random artefacts
+(bias field, noise, thick slices up to 8 mm in half of the images) in five contrasts, and segmented as a user would.
+No weights were trained on them; the same maps, in other renderings, chose among the checkpoints of the last run.
+Mean over maps. Over all contrasts
 **{accuracy["held_out"]["mean"]:.3f}**.
 
 {held_out(accuracy["held_out"])}
