@@ -197,7 +197,8 @@ def conform(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
 
 def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
     """Finite intensities, windowed if CT, on the isotropic grid; float32 (D, H, W)."""
-    image = intensity.fill_as_air(finite_image(ras.data))
+    image = torch.from_numpy(np.ascontiguousarray(ras.data, dtype=np.float32))
+    image = intensity.fill_as_air(intensity.finite(image))
     if intensity.looks_like_hounsfield(image):
         image = image.clamp(*intensity.CT_WINDOW_HU)
     matrices = [
@@ -205,15 +206,6 @@ def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
         for n_in, n_out, spacing in zip(image.shape, grid_shape(ras, voxel_size_mm), ras.spacing_mm, strict=True)
     ]
     return apply_separable(image[None], matrices)[0]
-
-
-def finite_image(data: np.ndarray) -> torch.Tensor:
-    """A float32 tensor with NaN and infinity as the smallest finite value; ``data`` is not modified."""
-    image = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
-    finite = torch.isfinite(image)
-    if bool(finite.all()):
-        return image
-    return torch.where(finite, image, image[finite].min())
 
 
 # ------------------------------------------------------------------------------------------------ network

@@ -43,11 +43,25 @@ def fill_as_air(image: torch.Tensor) -> torch.Tensor:
     return torch.where(filled, lowest, image)
 
 
-def foreground(image: torch.Tensor, low: float = 0.01) -> tuple[float, float]:
-    """The floor of an image (its ``low`` percentile) and the median of the voxels that are not background."""
+def finite(image: torch.Tensor) -> torch.Tensor:
+    """The image with NaN and infinity as its smallest finite value (0 if it has none); the input is not modified."""
+    good = torch.isfinite(image)
+    if bool(good.all()):
+        return image
+    floor = image[good].min() if bool(good.any()) else torch.zeros((), dtype=image.dtype, device=image.device)
+    return torch.where(good, image, floor)
+
+
+def _floor_and_foreground(image: torch.Tensor, low: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``low`` percentile of an image, and a sample of the voxels that are not background."""
     sample = _spread_sample(image.flatten())
     floor = torch.quantile(sample, low)
-    inside = sample[sample > floor + 0.1 * (sample.mean() - floor)]
+    return floor, sample[sample > floor + 0.1 * (sample.mean() - floor)]
+
+
+def foreground(image: torch.Tensor) -> tuple[float, float]:
+    """The floor of an image and the median of the voxels that are not background."""
+    floor, inside = _floor_and_foreground(image)
     return float(floor), float(inside.median() if inside.numel() else floor)
 
 
@@ -58,14 +72,8 @@ def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> tor
     percentiles by how much air the field of view holds, so the upper percentile is taken over voxels above a small
     fraction of the mean. Non-finite voxels become the minimum. A constant image becomes zeros.
     """
-    image = image.float()
-    finite = torch.isfinite(image)
-    if not bool(finite.all()):
-        floor = image[finite].min() if bool(finite.any()) else torch.tensor(0.0)
-        image = torch.where(finite, image, floor)
-    sample = _spread_sample(image.flatten())
-    floor = torch.quantile(sample, low)
-    sample = sample[sample > floor + 0.1 * (sample.mean() - floor)]
+    image = finite(image.float())
+    floor, sample = _floor_and_foreground(image, low)
     if sample.numel() < 2:
         lower, upper = image.min(), image.max()
         return torch.zeros_like(image) if upper <= lower else (image - lower) / (upper - lower)

@@ -353,20 +353,24 @@ def save_label_map(path: str | Path, labels: np.ndarray, like: Volume, ids: Sequ
     if labels.shape != like.data.shape:
         raise ValueError(f"the labels are {labels.shape}, the volume is {like.data.shape}")
     dtype = np.uint8 if max(int(i) for i in ids) <= 255 else np.int16
-    suffix = (image_suffix(Path(path)) or "").lower()
-    if not suffix:
-        raise OutputError(f"{path}: not an image name; end it in {', '.join(IMAGE_SUFFIXES)}")
-    image = _label_image(labels.astype(dtype), like, freesurfer=suffix.startswith(".mg"))
+    freesurfer = _is_freesurfer_name(path)
+    image = _label_image(labels.astype(dtype), like, freesurfer)
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
 
 
+def _is_freesurfer_name(path: str | Path) -> bool:
+    """Whether an image of this name is MGH rather than NIfTI. Raises OutputError if it is no image name."""
+    suffix = image_suffix(Path(path))
+    if suffix is None:
+        raise OutputError(f"{path}: not an image name; end it in {', '.join(IMAGE_SUFFIXES)}")
+    return suffix.lower().startswith(".mg")
+
+
 def save_image(path: str | Path, volume: Volume) -> None:
     """Write an image as float32 NIfTI or MGH. The file is written whole or not at all."""
-    suffix = (image_suffix(Path(path)) or "").lower()
-    if not suffix:
-        raise OutputError(f"{path}: not an image name; end it in {', '.join(IMAGE_SUFFIXES)}")
-    kind = nib.MGHImage if suffix.startswith(".mg") else nib.Nifti1Image
+    freesurfer = _is_freesurfer_name(path)
+    kind = nib.MGHImage if freesurfer else nib.Nifti1Image
     image = kind(volume.data.astype(np.float32), volume.affine)
     if isinstance(image, nib.Nifti1Image):
         image.header.set_xyzt_units("mm")
