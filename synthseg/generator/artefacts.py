@@ -5,12 +5,55 @@ Strength zero is the identity, the input is not modified, and a batch equals its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from synthseg.config import ArtefactConfig
 from synthseg.generator.deform import resize
-from synthseg.generator.plan import ArtefactPlan
+from synthseg.generator.draw import Draw, Field3D, Record
+
+
+class ArtefactPlan(Record):
+    log_bias: Field3D | None
+    gamma: float
+    spacing_mm: tuple[float, float, float]
+    thickness_mm: tuple[float, float, float]
+    noise_std: float
+    noise_seed: int
+    crop: tuple[tuple[float, float], ...]
+
+
+def sample_artefacts(
+    config: ArtefactConfig, voxel_size_mm: float, extent_mm: tuple[float, ...], draw: Draw
+) -> ArtefactPlan:
+    bias_std = draw.uniform(*config.bias_std)
+    bias = draw.field(1, extent_mm, draw.uniform(*config.bias_spacing_mm), bias_std) if bias_std > 0 else None
+    spacing = [voxel_size_mm] * 3
+    thickness = [0.0] * 3
+    if draw.chance(config.lowres_probability):
+        if draw.chance(config.lowres_isotropic_probability):
+            size = draw.uniform(voxel_size_mm, max(config.lowres_isotropic_mm, voxel_size_mm))
+            spacing, thickness = [size] * 3, [size] * 3
+        else:
+            axis = int(draw.uniform(0, 3))
+            spacing[axis] = draw.uniform(voxel_size_mm, max(config.lowres_spacing_mm, voxel_size_mm))
+            thickness[axis] = spacing[axis] * draw.uniform(0.5, 1.0)
+    crop = [(0.0, 1.0)] * 3
+    if draw.chance(config.crop_probability):
+        axis = int(draw.uniform(0, 3))
+        lost = draw.uniform(0.0, config.crop_fraction)
+        crop[axis] = (lost, 1.0) if draw.chance(0.5) else (0.0, 1.0 - lost)
+    return ArtefactPlan(
+        log_bias=bias,
+        gamma=math.exp(draw.normal(config.gamma_std)),
+        spacing_mm=(spacing[0], spacing[1], spacing[2]),
+        thickness_mm=(thickness[0], thickness[1], thickness[2]),
+        noise_std=draw.uniform(*config.noise_std) if draw.chance(config.noise_probability) else 0.0,
+        noise_seed=draw.seed(),
+        crop=tuple(crop),
+    )
 
 
 def _per_image(values: Sequence[float], image: torch.Tensor) -> torch.Tensor:

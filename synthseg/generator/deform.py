@@ -13,10 +13,46 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from synthseg.generator.plan import DeformPlan
+from synthseg.config import DeformConfig
+from synthseg.generator.draw import Draw, Field3D, Record
 
 LATTICE_MM = 8.0
 SQUARINGS = 5
+
+
+class DeformPlan(Record):
+    """Output position p (mm from the patch centre) reads the template at ``center + matrix @ exp(v)(p) + shift_mm``."""
+
+    matrix: tuple[tuple[float, float, float], ...]
+    shift_mm: tuple[float, float, float]
+    velocity_mm: Field3D | None
+    flip: bool
+
+
+def _rotation(degrees: tuple[float, ...]) -> torch.Tensor:
+    out = torch.eye(3, dtype=torch.float64)
+    for axis, angle in enumerate(degrees):
+        c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        i, j = (k for k in range(3) if k != axis)
+        turn = torch.eye(3, dtype=torch.float64)
+        turn[i, i], turn[i, j], turn[j, i], turn[j, j] = c, -s, s, c
+        out = turn @ out
+    return out
+
+
+def sample_deform(config: DeformConfig, extent_mm: tuple[float, ...], draw: Draw) -> DeformPlan:
+    angles = tuple(draw.uniform(-config.rotation_deg, config.rotation_deg) for _ in range(3))
+    scales = torch.tensor([draw.uniform(1 - config.scaling, 1 + config.scaling) for _ in range(3)], dtype=torch.float64)
+    shear = torch.eye(3, dtype=torch.float64)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        shear[i, j] = draw.uniform(-config.shear, config.shear)
+    matrix = _rotation(angles) @ torch.diag(scales) @ shear
+    shift = tuple(draw.uniform(-config.translation_mm, config.translation_mm) for _ in range(3))
+    spacing = draw.uniform(*config.svf_spacing_mm)
+    std = draw.uniform(0.0, config.svf_std_mm)
+    velocity = draw.field(3, extent_mm, spacing, std) if std > 0 else None
+    rows = tuple(tuple(row) for row in matrix.tolist())
+    return DeformPlan(matrix=rows, shift_mm=shift, velocity_mm=velocity, flip=draw.chance(config.flip_probability))
 
 
 def resize(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from synthseg import __version__, rng
 from synthseg.config import TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
-from synthseg.generator.plan import named_contrasts
+from synthseg.generator.contrast import named_contrasts
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import (
     SegmentationNetwork,

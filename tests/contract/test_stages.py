@@ -11,9 +11,11 @@ import torch
 
 from synthseg.config import GeneratorConfig
 from synthseg.generator import artefacts
-from synthseg.generator.contrast import paint
-from synthseg.generator.deform import coordinates, exponential, read_labels
-from synthseg.generator.plan import ArtefactPlan, ContrastPlan, DeformPlan, Field3D, sample_plan
+from synthseg.generator.artefacts import ArtefactPlan
+from synthseg.generator.contrast import ContrastPlan, paint
+from synthseg.generator.deform import DeformPlan, coordinates, exponential, read_labels
+from synthseg.generator.draw import Field3D
+from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.templates import Template
 

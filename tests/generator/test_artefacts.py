@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from synthseg.config import ArtefactConfig
-from synthseg.generator.artefacts import acquire, along, bias_field, field_of_view, gamma, slice_matrices
-from synthseg.generator.plan import ArtefactPlan, Draw, Field3D, sample_artefacts
+from synthseg.generator.artefacts import (
+    ArtefactPlan,
+    acquire,
+    along,
+    bias_field,
+    field_of_view,
+    gamma,
+    sample_artefacts,
+    slice_matrices,
+)
+from synthseg.generator.draw import Draw, Field3D
 
 IDLE = ArtefactPlan(
     log_bias=None,

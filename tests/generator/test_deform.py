@@ -10,8 +10,16 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from synthseg.config import DeformConfig, GeneratorConfig
-from synthseg.generator.deform import coordinates, exponential, read_labels, subsample_offsets
-from synthseg.generator.plan import DeformPlan, Draw, Field3D, sample_deform, sample_plan
+from synthseg.generator.deform import (
+    DeformPlan,
+    coordinates,
+    exponential,
+    read_labels,
+    sample_deform,
+    subsample_offsets,
+)
+from synthseg.generator.draw import Draw, Field3D
+from synthseg.generator.plan import sample_plan
 from synthseg.labels import LabelTable
 from synthseg.templates import Template
 

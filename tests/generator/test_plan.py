@@ -11,7 +11,9 @@ import torch
 from synthseg import rng
 from synthseg.config import ContrastConfig, GeneratorConfig, parse
 from synthseg.errors import ConfigError
-from synthseg.generator.plan import LOOK_ALIKES, Draw, Field3D, Plan, named_contrasts, sample_contrast, sample_plan
+from synthseg.generator.contrast import LOOK_ALIKES, named_contrasts, sample_contrast
+from synthseg.generator.draw import Draw, Field3D
+from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.templates import Template

@@ -7,8 +7,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-from synthseg.generator.contrast import paint
-from synthseg.generator.plan import ArtefactPlan, ContrastPlan, DeformPlan, Field3D, Plan
+from synthseg.generator.artefacts import ArtefactPlan
+from synthseg.generator.contrast import ContrastPlan, paint
+from synthseg.generator.deform import DeformPlan
+from synthseg.generator.draw import Field3D
+from synthseg.generator.plan import Plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import Label, LabelTable
 from synthseg.templates import Template

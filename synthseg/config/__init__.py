@@ -1,0 +1,29 @@
+"""Configuration: pydantic models, YAML in, YAML out."""
+
+from synthseg.config.base import Section, load_yaml, parse, read_yaml, set_by_path, to_yaml
+from synthseg.config.generator import (
+    ArtefactConfig,
+    ContrastConfig,
+    DeformConfig,
+    GeneratorConfig,
+    generator_config,
+)
+from synthseg.config.training import NetworkConfig, OptimiserConfig, TrainConfig, resolve_paths
+
+__all__ = [
+    "ArtefactConfig",
+    "ContrastConfig",
+    "DeformConfig",
+    "GeneratorConfig",
+    "NetworkConfig",
+    "OptimiserConfig",
+    "Section",
+    "TrainConfig",
+    "generator_config",
+    "load_yaml",
+    "parse",
+    "read_yaml",
+    "resolve_paths",
+    "set_by_path",
+    "to_yaml",
+]

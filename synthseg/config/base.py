@@ -1,0 +1,119 @@
+"""Sections of a configuration, and YAML in and out. An unknown key is an error that names the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from synthseg.errors import ConfigError
+from synthseg.paths import data_dir
+
+Range = tuple[float, float]
+Strength = Annotated[float, Field(ge=0)]
+Length = Annotated[float, Field(gt=0)]
+StrengthRange = tuple[Strength, Strength]
+LengthRange = tuple[Length, Length]
+Count = Annotated[int, Field(gt=0)]
+Triple = tuple[Count, Count, Count]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _ranges_are_ordered(cls, value: Any) -> Any:
+        if (
+            isinstance(value, tuple)
+            and len(value) == 2
+            and all(isinstance(v, float) for v in value)
+            and value[0] > value[1]
+        ):
+            raise ValueError(f"a range is (low, high), got {value}")
+        return value
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def parse(model: type[S], record: Mapping[str, Any], where: str) -> S:
+    """Validate a record. Raises ConfigError with every problem on one line, and the nearest key for an unknown one."""
+    try:
+        return model.model_validate(record)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                known = _known_keys(model, item["loc"][:-1])
+                near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+                problems.append(f"unknown key '{key}', {hint}")
+            else:
+                problems.append(f"{key}: {item['msg']} (got {item['input']!r})")
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def set_by_path(record: dict[str, Any], assignment: str) -> None:
+    """Apply one ``key.sub=value`` of the command line to a record; the value is YAML."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {assignment}: expected key=value, for example --set generator.voxel_size_mm=2")
+    node = record
+    *parents, last = key.split(".")
+    for part in parents:
+        if node.get(part) is None:  # not there, or a section whose keys are all left out
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {assignment}: '{part}' is not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, or of one that ships in ``pipelines/`` if only its name is given."""
+    file = Path(path)
+    if not file.is_file() and file.suffix == "":
+        shipped = data_dir("pipelines") / f"{path}.yaml"
+        file = shipped if shipped.is_file() else file
+    try:
+        record = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give a YAML file or the name of a recipe that ships"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if record is not None and not isinstance(record, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {type(record).__name__}")
+    return record or {}
+
+
+def load_yaml(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file (or the name of one that ships) and apply ``key=value`` overrides."""
+    record = read_yaml(path)
+    for assignment in overrides:
+        set_by_path(record, assignment)
+    return parse(model, record, str(path))
+
+
+def to_yaml(config: Section) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,97 @@
+"""A training recipe: templates, network, optimiser, schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from synthseg.config.base import Count, Section
+from synthseg.config.generator import GeneratorConfig
+
+
+class NetworkConfig(Section):
+    """A MONAI network between a space-to-depth stem and a subpixel head.
+
+    With ``subpixel`` 2 the body works at twice the voxel size of input and output (Shi et al., CVPR 2016).
+    """
+
+    architecture: Literal["dynunet", "segresnet", "unet"] = Field(
+        "dynunet", description="MONAI's DynUNet, SegResNet or UNet"
+    )
+    channels: tuple[Count, ...] = Field(
+        (32, 64, 128, 192),
+        min_length=1,
+        description="channels of each level, finest first; their number is the number of levels",
+    )
+    residual: bool = Field(False, description="residual blocks (dynunet)")
+    norm: Literal["instance", "group", "batch"] = Field(
+        "instance", description="normalisation layers; group is not for dynunet"
+    )
+    subpixel: Literal[1, 2] = Field(2, description="block size of the stem and the head; 1: neither")
+
+    @property
+    def multiple(self) -> int:
+        """Each side of the input must be divisible by this."""
+        return int(self.subpixel * 2 ** (len(self.channels) - 1))
+
+
+class OptimiserConfig(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for kernels, AdamW for biases and norms; adamw: AdamW for all"
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="of AdamW, at its highest")
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its highest")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; not for biases and norms")
+    warmup_steps: int = Field(100, ge=0, description="the rate rises linearly over these")
+    gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(
+        0.998, ge=0, lt=1, description="decay per step of the averaged weights, which are what is saved"
+    )
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: down to 1 % at the last step")
+
+
+class TrainConfig(Section):
+    """A training recipe."""
+
+    name: str = Field("model", description="name of the run; its folder is runs/<name>")
+    scheme: str = Field("siam16", description="classes of the network")
+    templates: tuple[str, ...] = Field(
+        ("phantom",), min_length=1, description="names that ship, or folders of imported templates"
+    )
+    validation_templates: tuple[str, ...] = Field((), description="never trained on")
+    seed: int = Field(0, description="of the first weights and of every sample")
+    steps: int = Field(10_000, gt=0, description="optimiser steps")
+    batch_size: int = Field(1, gt=0, description="images a step")
+    validate_every: int = Field(1000, gt=0, description="steps between validations")
+    validation_contrasts: tuple[str, ...] = Field(
+        ("t1", "t2", "flair", "ct", "random"), description="each held-out template is rendered once in each"
+    )
+    checkpoint_every_s: float = Field(180.0, gt=0, description="seconds between saved states")
+    workers: int = Field(0, ge=0, description="generator processes; 0 renders in the training process")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bfloat16 autocast")
+    dice_weight: float = Field(1.0, ge=0, description="weight of 1 - soft Dice")
+    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    scored_cells: int = Field(
+        0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
+    )
+    init: str | None = Field(None, description="weights to start from; layers that do not fit start anew")
+    grow: bool = Field(False, description="the network has one finer level outside that of the weights in init")
+    generator: GeneratorConfig = GeneratorConfig()
+    network: NetworkConfig = NetworkConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
+def resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Template folders that exist beside the recipe are taken from there; other names stay as they are."""
+
+    def resolve(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(folder / name) if (folder / name).is_dir() else name for name in names)
+
+    return config.model_copy(
+        update={
+            "templates": resolve(config.templates),
+            "validation_templates": resolve(config.validation_templates),
+        }
+    )
