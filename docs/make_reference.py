@@ -1,4 +1,4 @@
-"""Write docs/reference_config.md: every key of a recipe, from the models in synthseg/config.py.
+"""Write docs/reference_config.md: every key of a recipe, from the models in synthseg/config/.
 
     python docs/make_reference.py [--check]
 
@@ -23,7 +23,7 @@ from synthseg.config import TrainConfig
 FILE = Path(__file__).parent / "reference_config.md"
 HEADER = """# Keys of a recipe
 
-Made by `docs/make_reference.py` from `synthseg/config.py`; do not edit by hand. A recipe is a YAML file with any of
+Made by `docs/make_reference.py` from `synthseg/config/`; do not edit by hand. A recipe is a YAML file with any of
 these keys; what it leaves out has its default, and an unknown key is an error. `synthseg train` reads all of them,
 `synthseg generate --config FILE` those of `generator`. On the command line, `--set generator.voxel_size_mm=1` sets one
 key. What the keys do together is told in [training](training.md) and [generator](generator.md).

@@ -1,13 +1,10 @@
 """Configuration: pydantic models, YAML in, YAML out."""
 
+from synthseg.config.artefacts import ArtefactConfig
 from synthseg.config.base import Section, load_yaml, parse, read_yaml, set_by_path, to_yaml
-from synthseg.config.generator import (
-    ArtefactConfig,
-    ContrastConfig,
-    DeformConfig,
-    GeneratorConfig,
-    generator_config,
-)
+from synthseg.config.contrast import ContrastConfig
+from synthseg.config.deform import DeformConfig
+from synthseg.config.generator import GeneratorConfig, generator_config
 from synthseg.config.training import NetworkConfig, OptimiserConfig, TrainConfig, resolve_paths
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing_extensions import Self
 
 from synthseg.errors import ConfigError
 from synthseg.paths import data_dir
@@ -36,6 +37,30 @@ class Section(BaseModel):
         ):
             raise ValueError(f"a range is (low, high), got {value}")
         return value
+
+    def at_severity(self, severity: float) -> Self:
+        """These settings between mild (0) and as they are (1).
+
+        A field that declares ``json_schema_extra={"mild": value}`` moves linearly from that value; sections inside
+        follow; every other field stays.
+        """
+        if not 0 <= severity <= 1:
+            raise ConfigError(f"severity must lie in [0, 1], got {severity}")
+        changed: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            extra = field.json_schema_extra
+            if isinstance(value, Section):
+                changed[name] = value.at_severity(severity)
+            elif isinstance(extra, dict) and "mild" in extra:
+                changed[name] = _between(extra["mild"], value, severity)
+        return self.model_copy(update=changed)
+
+
+def _between(mild: Any, full: Any, severity: float) -> Any:
+    if isinstance(full, tuple):
+        return tuple(_between(m, f, severity) for m, f in zip(mild, full, strict=True))
+    return (1 - severity) * mild + severity * full
 
 
 S = TypeVar("S", bound=Section)
