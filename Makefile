@@ -1,4 +1,4 @@
-# make demo | test | check | bench | clean. Each target makes the .venv it needs.
+# make demo | test | check | bench | bench-generator | clean. Each target makes the .venv it needs.
 # PYTHON is the interpreter that .venv is made with; PIP_FLAGS goes to every install, for example
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
@@ -10,13 +10,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 SAMPLE := synthseg/samples/colin27_t1.nii.gz
 BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-generator clean
 
 help:
 	@echo "make demo    segment the bundled scan into demo/"
 	@echo "make test    run the tests                (make test ARGS='-m \"not slow\"')"
 	@echo "make check   lint, format, types, import layers"
 	@echo "make bench   run benchmarks/bench_*.py    (make bench BENCHMARKS=benchmarks/bench_x.py)"
+	@echo "make bench-generator   time the generator against its peers   (ARGS='--template DIR --out FILE.json')"
 	@echo "make clean   remove .venv, demo/, builds and caches"
 
 $(BIN)/python:
@@ -58,6 +59,9 @@ check: .venv/.installed-dev
 bench: .venv/.installed-bench
 	@test -n "$(BENCHMARKS)" || { echo "no benchmarks/bench_*.py here" >&2; exit 2; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+bench-generator: .venv/.installed-bench
+	$(BIN)/python benchmarks/bench_generator.py $(ARGS)
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

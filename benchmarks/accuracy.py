@@ -32,6 +32,7 @@ from synthseg.inference import segment  # noqa: E402
 from synthseg.metrics import dice_table  # noqa: E402
 from synthseg.networks.checkpoint import Model, load_model  # noqa: E402
 from synthseg.templates import expand, load_template  # noqa: E402
+from synthseg.training.validation import whole_head  # noqa: E402
 from synthseg.volume import Volume, load_volume  # noqa: E402
 
 DEEP = {6, 7, 8, 9, 10, 11, 12}
@@ -92,10 +93,7 @@ def real_scans(model: Model, scans: Path) -> dict[str, Any]:
 def held_out_maps(model: Model, folders: list[Path], contrasts: tuple[str, ...] = CONTRASTS) -> dict[str, Any]:
     """Mean Dice over maps, per contrast and structure, of 1 mm renderings with whole heads in view."""
     config = parse(TrainConfig, model.record["config"], "checkpoint").generator
-    quiet = config.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
-    base = config.model_copy(
-        update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1, "artefacts": quiet}
-    )
+    base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1})
     trained = set(model.record.get("templates", []))
     rows: dict[str, list[dict[str, float]]] = {contrast: [] for contrast in contrasts}
     for m, folder in enumerate(folders):
@@ -104,10 +102,7 @@ def held_out_maps(model: Model, folders: list[Path], contrasts: tuple[str, ...] 
             sys.exit(f"{folder}: the model was trained on {template.name}; give templates that it has not seen")
         to_target = model.labels.ids[template.table.mapping(model.labels)]
         for c, contrast in enumerate(contrasts):
-            named = {} if contrast == "random" else {contrast: 1.0}
-            weights = {"random_weight": float(contrast == "random"), "named_weights": named}
-            generator = base.model_copy(update={"contrast": config.contrast.model_copy(update=weights)})
-            plan = sample_plan(generator, template.name, template.table, 2026, 100 * m + c)
+            plan = sample_plan(whole_head(base, contrast), template.name, template.table, 2026, 100 * m + c)
             image, labels = render([template], [plan])
             result = segment(Volume(image[0, 0].numpy(), grid_affine(plan)), model)
             groups = {x.name: ({x.id}, {x.id}) for x in model.labels.labels if x.id > 0}

@@ -40,7 +40,7 @@ def type_name(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if a is type(None) else type_name(a) for a in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
         return f"list of {type_name(arguments[0])}s" + bounds(arguments[0])
     if origin is tuple and len(arguments) == 2 and {type_name(a) for a in arguments} == {"number"}:
         return "range [low, high]" + bounds(arguments[0])

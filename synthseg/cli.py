@@ -182,7 +182,7 @@ def _finish(outcome: Outcome, number: str, debug: bool) -> int:
 
 @app.command()
 def info(debug: DebugOption = False) -> None:
-    """Show versions, the devices found, and the models and templates that ship."""
+    """Show versions, the devices found, and the models, templates and presets that ship."""
     import platform
     from importlib.metadata import version
 
@@ -199,6 +199,8 @@ def info(debug: DebugOption = False) -> None:
     _print_models()
     templates = _shipped("templates", "*/")
     typer.echo(f"templates: {', '.join(path.name for path in templates) or 'none'}")
+    presets = _shipped("pipelines", "presets/*.yaml")
+    typer.echo(f"presets: {', '.join(path.stem for path in presets) or 'none'}")
 
 
 def _print_models() -> None:
@@ -230,16 +232,22 @@ def _shipped(kind: str, pattern: str) -> list[Path]:
 @app.command()
 def generate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the samples.")],
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Settings that ship; synthseg info lists them.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="YAML", help="Generator settings, or a recipe with them.")
     ] = None,
     template: Annotated[
         list[str] | None, typer.Option(metavar="NAME|DIR", help="Templates to draw from (repeat). Default: phantom.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(help="Sample i depends on the seed and i alone.")] = 0,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples (default: 1).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample i depends on the seed and i alone (default: 0).")] = None,
     scheme: Annotated[str | None, typer.Option(help="Label ids to write (default: the template's own).")] = None,
     replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render this *_plan.json again.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw all images and label maps on one picture.")
+    ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -248,31 +256,65 @@ def generate(
 ) -> None:  # fmt: skip
     """Make synthetic images with their label maps and Plans."""
     from synthseg.config import generator_config
+    from synthseg.errors import ConfigError
     from synthseg.labels import load_scheme
-    from synthseg.volume import check_writable
 
-    wanted = generator_config(config, settings or [])
+    drawn = {"--preset": preset, "--config": config, "--n": n, "--seed": seed, "--set": settings or None}
+    ignored = [name for name, value in drawn.items() if value is not None]
+    if replay is not None and ignored:
+        raise ConfigError(f"--replay renders a Plan as it was drawn; leave out {', '.join(ignored)}")
+    if preset is not None and config is not None:
+        raise ConfigError("--preset and --config: give one of them; to change a preset, copy its file and use --config")
+    wanted = generator_config(config, settings or [], preset)
     table = load_scheme(scheme) if scheme else None
-    check_writable(output / "0000_image.nii.gz")
+    _check_outputs(output, preview, overwrite)
     _prepare_torch(threads)
 
     from synthseg.devices import resolve_device
     from synthseg.generator import export
+    from synthseg.preview import ContactSheet
     from synthseg.templates import expand, load_template
 
     torch_device = resolve_device(device)
     plan = export.load_plan(replay) if replay else None
-    export.check_free(output, [0] if plan else range(n), overwrite)
+    count = 1 if n is None else n
+    export.check_free(output, range(count), overwrite, 1 if plan else len(wanted.views.severities))
     templates = [load_template(path) for path in expand(template or [plan.template if plan else "phantom"])]
     if table is not None:
         for found in templates:
             found.table.mapping(table)
+    sheet = ContactSheet()
+
+    def on_done(written: export.Written) -> None:
+        _say(str(written.files.image))
+        if preview is not None:
+            name = written.files.image.name.removesuffix("_image.nii.gz")
+            details = f"{written.plan.template}, {written.plan.contrast.name}, severity {written.plan.severity:g}"
+            sheet.add(written.image, written.labels, written.table, f"{name}: {details}")
+
     if plan is not None and replay is not None:
         export.check_plan_fits(plan, templates[0], replay)
-        export.write_sample(output, 0, templates[0], plan, table or templates[0].table, torch_device)
-        _say(str(export.sample_files(output, 0)[0]))
+        export.write_sample(output, 0, templates[0], [plan], table or templates[0].table, torch_device, on_done)
+    else:
+        export.generate(wanted, templates, count, seed or 0, output, table, torch_device, on_done)
+    if preview is not None:
+        sheet.write(preview)
+        _say(str(preview))
+
+
+def _check_outputs(folder: Path, preview: Path | None, overwrite: bool) -> None:
+    """Refuse, before anything is loaded, what could not be written in the end."""
+    from synthseg.errors import OutputError
+    from synthseg.volume import check_writable
+
+    check_writable(folder / "0000_image.nii.gz")
+    if preview is None:
         return
-    export.generate(wanted, templates, n, seed, output, table, torch_device, lambda file: _say(str(file)))
+    if preview.suffix.lower() != ".png":
+        raise OutputError(f"{preview}: the preview is a PNG; end its name in .png")
+    if preview.is_file() and not overwrite:
+        raise OutputError(f"{preview}: exists already; use --overwrite, or choose another name")
+    check_writable(preview)
 
 
 def _prepare_torch(threads: int | None) -> None:
@@ -375,3 +417,37 @@ def templates_import(
 
     check_writable(output / "labels.nii.gz")
     import_templates(source, scheme, output, lambda folder: _say(str(folder)))
+
+
+# ------------------------------------------------------------------------------------------------- priors
+
+priors_app = typer.Typer(help="Measure the intensities of tissues in real scans.", no_args_is_help=True)
+app.add_typer(priors_app, name="priors")
+
+
+@priors_app.command("estimate")
+def priors_estimate(
+    images: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Scans, or folders of them (repeat).")],
+    labels: Annotated[
+        list[Path], typer.Option(metavar="FILE|DIR", help="Their label maps, on the same grids (repeat).")
+    ],
+    scheme: Annotated[str, typer.Option(help="What the ids mean: head, brainweb, siam16 or a JSON file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="YAML", help="File to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the range of intensities of each tissue, for contrast.priors of a recipe."""
+    from synthseg.errors import OutputError
+    from synthseg.labels import load_scheme
+    from synthseg.volume import check_writable, write_text_atomically
+
+    table = load_scheme(scheme)
+    if output.is_file() and not overwrite:
+        raise OutputError(f"{output}: exists already; use --overwrite to replace it, or choose another name")
+    check_writable(output)
+    _prepare_torch(None)
+    from synthseg.generator import priors
+
+    found = priors.estimate(images, labels, table, lambda image: _say(str(image)))
+    write_text_atomically(output, found.to_yaml())
+    _say(f"{output}: {len(found.tissues)} tissues of {len(found.images)} scans")

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Template:
     labels : uint8 indices into ``table``, shape (D, H, W), RAS+, with a border of one background voxel.
     spacing_mm : voxel size.
     center : voxel coordinates (with the border) of the middle of the brain's bounding box.
+    cache : what the generator derives from the labels, such as distances, kept so that it is computed once.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Template:
     spacing_mm: tuple[float, float, float]
     center: tuple[float, float, float]
     derived: dict[str, str]
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def read_label_map(path: Path) -> Volume:

@@ -378,6 +378,15 @@ def save_image(path: str | Path, volume: Volume) -> None:
         nib.save(image, temporary)
 
 
+def save_vectors(path: str | Path, vectors_mm: np.ndarray, affine: np.ndarray) -> None:
+    """Write vectors (3, D, H, W), mm along R, A and S, as NIfTI of shape (D, H, W, 1, 3) with intent "vector"."""
+    image = nib.Nifti1Image(np.moveaxis(vectors_mm, 0, -1)[..., None, :].astype(np.float32), affine)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
 def _label_image(labels: np.ndarray, like: Volume, freesurfer: bool) -> SpatialImage:
     if freesurfer:
         return nib.MGHImage(labels, like.affine)

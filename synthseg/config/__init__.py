@@ -1,13 +1,16 @@
 """Configuration: pydantic models, YAML in, YAML out."""
 
+from synthseg.config.anatomy import AnatomyConfig
 from synthseg.config.artefacts import ArtefactConfig
 from synthseg.config.base import Section, load_yaml, parse, read_yaml, set_by_path, to_yaml
 from synthseg.config.contrast import ContrastConfig
 from synthseg.config.deform import DeformConfig
-from synthseg.config.generator import GeneratorConfig, generator_config
+from synthseg.config.generator import GeneratorConfig, generator_config, shipped_presets
 from synthseg.config.training import NetworkConfig, OptimiserConfig, TrainConfig, resolve_paths
+from synthseg.config.views import ViewsConfig
 
 __all__ = [
+    "AnatomyConfig",
     "ArtefactConfig",
     "ContrastConfig",
     "DeformConfig",
@@ -16,11 +19,13 @@ __all__ = [
     "OptimiserConfig",
     "Section",
     "TrainConfig",
+    "ViewsConfig",
     "generator_config",
     "load_yaml",
     "parse",
     "read_yaml",
     "resolve_paths",
     "set_by_path",
+    "shipped_presets",
     "to_yaml",
 ]

@@ -5,44 +5,42 @@ Per-label Gaussians follow SynthSeg (Billot et al. 2023); averaging a finer samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
+from pydantic import Field
 
 from synthseg.config import ContrastConfig
-from synthseg.errors import ConfigError
+from synthseg.generator import hounsfield, texture
 from synthseg.generator.deform import resize
 from synthseg.generator.draw import Draw, Field3D, Record
+from synthseg.generator.hounsfield import CTPlan
+from synthseg.generator.means import (
+    LOOK_ALIKES,
+    Means,
+    inverted,
+    measured_means,
+    named_contrasts,
+    named_means,
+    priors_of,
+    random_means,
+    tie_touching,
+)
+from synthseg.generator.physics import sample_physics
+from synthseg.generator.texture import Clusters, Octaves
 from synthseg.labels import BRAIN_TISSUES, LabelTable
 
-# tissue -> the tissue that it may share its mean with
-LOOK_ALIKES = {
-    "ventricle": "csf",
-    "cerebellar_gm": "gm",
-    "thalamus": "gm",
-    "caudate": "gm",
-    "putamen": "gm",
-    "accumbens": "gm",
-    "hippocampus": "gm",
-    "amygdala": "gm",
-    "pallidum": "wm",
-    "brainstem": "wm",
-    "lesion": "wm",
-    "muscle": "soft",
-    "skin": "soft",
-    "mucosa": "soft",
-    "nerve": "wm",
-    "eye": "csf",
-    "dura": "bone_cortical",
-}
+__all__ = ["LOOK_ALIKES", "ContrastPlan", "named_contrasts", "paint", "sample_contrast"]
+
+CHUNK = 2**16  # voxels that are looked up at once on a CPU: their tables and sums stay in its cache
 
 
 class ContrastPlan(Record):
-    """Mean, spread and texture amplitude per template label (table order); labels not drawn are stripped."""
+    """Mean, spread and texture amplitude per template label (table order); labels not drawn are stripped.
+
+    Intensities are in units of a bright tissue, or in Hounsfield units if there is a ``ct``.
+    """
 
     name: str
     mean: tuple[float, ...]
@@ -51,36 +49,31 @@ class ContrastPlan(Record):
     texture: Field3D
     noise_seed: int
     visible: tuple[bool, ...]
-
-
-@lru_cache(maxsize=1)
-def named_contrasts() -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean ranges per tissue of each named contrast, from contrasts.yaml."""
-    table: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "contrasts.yaml").read_text())
-    return {name: {t: (float(r[0]), float(r[1])) for t, r in tissues.items()} for name, tissues in table.items()}
+    settings: dict[str, float] = Field(default_factory=dict)
+    clusters: Clusters | None = None
+    octaves: Octaves | None = None
+    ct: CTPlan | None = None
 
 
 def sample_contrast(
     config: ContrastConfig, table: LabelTable, extent_mm: tuple[float, ...], draw: Draw, strip: bool
 ) -> ContrastPlan:
     """Means are drawn per tissue, so that left and right, and parts of one tissue, agree."""
-    name = draw.pick({"random": config.random_weight, **config.named_weights})
+    priors = priors_of(config)
+    name = draw.pick(config.weights())
     tissues = sorted({label.tissue for label in table.labels} | {"gm", "wm", "csf", "soft", "bone_cortical"})
-    means: dict[str, float] = {}
     if name == "random":
-        for tissue in tissues:
-            means[tissue] = draw.uniform(*config.mean)
-        for tissue, like in LOOK_ALIKES.items():
-            if draw.chance(config.tie_probability) and tissue in means:
-                means[tissue] = means[like] + draw.normal(0.03)
-        means["air"] = 0.0 if draw.chance(config.air_is_zero_probability) else draw.uniform(0.0, 0.15)
+        found = random_means(config, tissues, draw)
+    elif name == "physics":
+        found = sample_physics(config, tissues, draw)
+    elif name == "hounsfield":
+        found = hounsfield.sample_hounsfield(config, tissues, draw)
+    elif name == "priors" and priors is not None:
+        found = measured_means(config, priors, tissues, draw)
     else:
-        ranges = named_contrasts().get(name)
-        if ranges is None:
-            known = ", ".join(["random", *named_contrasts()])
-            raise ConfigError(f"contrast.named_weights: there is no contrast '{name}'; known: {known}")
-        for tissue in tissues:
-            means[tissue] = draw.uniform(*ranges.get(tissue, (0.0, 1.0)))
+        found = named_means(name, tissues, draw)
+    means = found.mean
+    in_hu = name == "hounsfield"
     spread = {t: draw.uniform(*config.std) for t in tissues}
     rough = {
         t: draw.uniform(*(config.soft_texture_std if t in {"soft", "bone_cancellous"} else config.texture_std))
@@ -89,7 +82,11 @@ def sample_contrast(
     if name == "ct":  # soft tissue differs by a few Hounsfield units only; keep noise and texture to that scale
         spread = {t: 0.25 * s for t, s in spread.items()}
         rough = {t: (s if t == "soft" else 0.15 * s) for t, s in rough.items()}
-    spread["air"] = 0.0 if means["air"] == 0.0 else 0.3 * spread["air"]
+    if in_hu:
+        spread = {t: hounsfield.SPREAD_HU * s for t, s in spread.items()}
+        rough = {t: hounsfield.unit_hu(t) * s for t, s in rough.items()}
+    spread |= found.std
+    spread["air"] = 0.0 if means["air"] == 0.0 or in_hu else 0.3 * spread["air"]
     rough["air"] = 0.0
     keep_csf = draw.chance(0.6)
     stripped_tissues = (
@@ -98,36 +95,96 @@ def sample_contrast(
         | ({"vessel", "vein", "artery"} if draw.chance(0.3) else frozenset())
     )
     visible = tuple(not strip or label.tissue in stripped_tissues or label.id == 0 for label in table.labels)
-    if strip:
-        means["air"], spread["air"] = 0.0, 0.0
+    field = draw.field(1, extent_mm, draw.uniform(*config.texture_spacing_mm), 1.0)
+    noise_seed = draw.seed()
+    # What follows was added later: it is drawn after the rest, so that earlier draws stay what they were.
+    means, parts = _ties_and_inversion(config, found, tissues, draw)
     order = [label.tissue for label in table.labels]
+    unit = (
+        hounsfield.unit_hu
+        if in_hu
+        else lambda t: hounsfield.unit_hu(t) / hounsfield.HU_PER_UNIT if name == "ct" else 1.0
+    )
+    clusters = (
+        texture.sample_clusters(config, order, means, parts, unit, extent_mm, draw)
+        if draw.chance(config.cluster_probability)
+        else None
+    )
+    octaves = texture.sample_octaves(config, extent_mm, draw) if draw.chance(config.octave_probability) else None
+    if strip:
+        means["air"], spread["air"] = hounsfield.AIR_HU if in_hu else 0.0, 0.0
     return ContrastPlan(
-        name=name,
+        name=found.name,
         mean=tuple(means[t] for t in order),
         std=tuple(spread[t] for t in order),
         texture_std=tuple(rough[t] for t in order),
-        texture=draw.field(1, extent_mm, draw.uniform(*config.texture_spacing_mm), 1.0),
-        noise_seed=draw.seed(),
+        texture=field,
+        noise_seed=noise_seed,
         visible=visible,
+        settings=found.settings,
+        clusters=clusters,
+        octaves=octaves,
+        ct=hounsfield.sample_ct(config, extent_mm, strip, draw) if in_hu else None,
     )
+
+
+def _ties_and_inversion(
+    config: ContrastConfig, found: Means, tissues: Sequence[str], draw: Draw
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    """Means and parts after borders have vanished, air has become bright, and bright and dark have changed places."""
+    means, parts = dict(found.mean), found.parts
+    in_hu = found.name == "hounsfield"
+    if in_hu:
+        tie_touching(config.touching_tie_probability, means, tissues, draw, 1.0, hounsfield.TIE_REACH_HU)
+    else:
+        reach = hounsfield.TIE_REACH_HU / hounsfield.HU_PER_UNIT if found.name == "ct" else math.inf
+        tie_touching(config.touching_tie_probability, means, tissues, draw, reach=reach)
+    bright = draw.uniform(*config.mean)
+    if draw.chance(config.bright_air_probability) and found.name == "random":
+        means["air"] = bright
+    if draw.chance(config.invert_probability) and found.name != "ct" and not in_hu:
+        means, parts = inverted(means, parts)
+    return means, parts
 
 
 def paint(samples: Sequence[torch.Tensor], plan: ContrastPlan) -> torch.Tensor:
     """Image (D, H, W) from the labels read at several points of each voxel, each (D, H, W) of table indices."""
-    device = samples[0].device
+    device, shape = samples[0].device, samples[0].shape
     visible = torch.tensor(plan.visible, dtype=torch.float32, device=device)
     air = plan.mean[0]
     mean = torch.tensor(plan.mean, device=device) * visible + air * (1 - visible)
     std = torch.tensor(plan.std, device=device) * visible
     rough = torch.tensor(plan.texture_std, device=device) * visible
+    region = None
+    if plan.clusters is not None:  # the row of a table with one row per region, as an offset into it
+        mean = (mean + torch.tensor(plan.clusters.offset, device=device) * visible).flatten()
+        std, rough = std.repeat(texture.REGIONS), rough.repeat(texture.REGIONS)
+        n = len(plan.mean)
+        small = torch.uint8 if texture.REGIONS * n <= 256 else torch.int32
+        region = texture.regions(plan.clusters, shape, device).to(small).mul_(n).flatten()
+    total = _average(samples, region, (mean, std, rough)).view(3, *shape)
+    noise = torch.randn(shape, generator=torch.Generator(device=device).manual_seed(plan.noise_seed), device=device)
+    if plan.octaves is not None:
+        rise = texture.octaves(plan.octaves, shape, device)
+    else:
+        rise = resize(plan.texture.tensor(device)[None], shape)[0, 0]
+    image = total[0].addcmul_(total[1], noise).addcmul_(total[2], rise)
+    return image if plan.ct is None else hounsfield.finish(image, plan.ct)
+
+
+def _average(
+    samples: Sequence[torch.Tensor], region: torch.Tensor | None, tables: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The mean over the samples of ``table[region + label]`` for each table, float32 (len(tables), voxels)."""
+    labels = [sample.flatten() for sample in samples]
+    n, device = labels[0].numel(), labels[0].device
+    total = torch.zeros((len(tables), n), device=device)
     weight = 1.0 / len(samples)
-    total = torch.zeros((3, *samples[0].shape), device=device)
-    for labels in samples:
-        index = labels.int().flatten()
-        for channel, table in enumerate((mean, std, rough)):
-            total[channel].add_(torch.index_select(table, 0, index).view(labels.shape), alpha=weight)
-    noise = torch.randn(
-        samples[0].shape, generator=torch.Generator(device=device).manual_seed(plan.noise_seed), device=device
-    )
-    texture = resize(plan.texture.tensor(device)[None], samples[0].shape)[0, 0]
-    return total[0].addcmul_(total[1], noise).addcmul_(total[2], texture)
+    chunk = CHUNK if device.type == "cpu" else n
+    for start in range(0, n, max(chunk, 1)):
+        part = slice(start, start + chunk)
+        for flat in labels:
+            index = flat[part].int() if region is None else (region[part] + flat[part]).int()
+            for channel, table in enumerate(tables):
+                total[channel, part].add_(torch.index_select(table, 0, index), alpha=weight)
+    return total

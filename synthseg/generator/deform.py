@@ -8,7 +8,7 @@ reproduces the affine part exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,21 @@ import torch.nn.functional as F
 from synthseg.config import DeformConfig
 from synthseg.generator.draw import Draw, Field3D, Record
 
-LATTICE_MM = 8.0
+LATTICE_MM, FINE_LATTICE_MM = 8.0, 4.0  # of the lattice that is deformed; the fine one where the anatomy moves too
 SQUARINGS = 5
 
 
 class DeformPlan(Record):
-    """Output position p (mm from the patch centre) reads the template at ``center + matrix @ exp(v)(p) + shift_mm``."""
+    """Output position p (mm from the patch centre) reads the template at ``center + matrix @ exp(v)(q) + shift_mm``.
+
+    q is p, moved by the perturbation of a view if it has one.
+    """
 
     matrix: tuple[tuple[float, float, float], ...]
     shift_mm: tuple[float, float, float]
     velocity_mm: Field3D | None
     flip: bool
+    perturbation_mm: Field3D | None = None
 
 
 def _rotation(degrees: tuple[float, ...]) -> torch.Tensor:
@@ -51,8 +55,12 @@ def sample_deform(config: DeformConfig, extent_mm: tuple[float, ...], draw: Draw
     spacing = draw.uniform(*config.svf_spacing_mm)
     std = draw.uniform(0.0, config.svf_std_mm)
     velocity = draw.field(3, extent_mm, spacing, std) if std > 0 else None
-    rows = tuple(tuple(row) for row in matrix.tolist())
-    return DeformPlan(matrix=rows, shift_mm=shift, velocity_mm=velocity, flip=draw.chance(config.flip_probability))
+    flip = draw.chance(config.flip_probability)
+    matrix = matrix / draw.uniform(*config.head_scale)  # a large head reads the template in small steps
+    skew = torch.eye(3, dtype=torch.float64)
+    skew[1, 0] = draw.uniform(-config.plagiocephaly, config.plagiocephaly)
+    rows = tuple(tuple(row) for row in (skew @ matrix).tolist())
+    return DeformPlan(matrix=rows, shift_mm=shift, velocity_mm=velocity, flip=flip)
 
 
 def resize(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -82,22 +90,36 @@ def coordinates(
     center: Sequence[float],
     spacing_mm: Sequence[float],
     device: torch.device | str = "cpu",
+    displacement: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Template voxel coordinates of every output voxel centre, float32, shape (3, D, H, W)."""
+    """Template voxel coordinates of every output voxel centre, float32, shape (3, D, H, W).
+
+    ``displacement`` takes positions (3, D, H, W) in mm from the template's centre and gives what to add to them.
+    """
     extent = [(n - 1) * voxel_size_mm for n in shape]
-    lattice = [max(2, min(n, math.ceil(e / LATTICE_MM) + 1)) for n, e in zip(shape, extent, strict=True)]
+    fineness = LATTICE_MM if displacement is None else FINE_LATTICE_MM
+    lattice = [max(2, min(n, math.ceil(e / fineness) + 1)) for n, e in zip(shape, extent, strict=True)]
     axes = [torch.linspace(-e / 2, e / 2, n, device=device) for n, e in zip(lattice, extent, strict=True)]
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    if plan.perturbation_mm is not None:
+        position = position + resize(plan.perturbation_mm.tensor(device)[None], lattice)[0]
     if plan.velocity_mm is not None:
         velocity = resize(plan.velocity_mm.tensor(device)[None], lattice)
         steps = [max(e, voxel_size_mm) / (n - 1) for n, e in zip(lattice, extent, strict=True)]
-        position = position + exponential(velocity, steps)[0]
+        flow = exponential(velocity, steps)
+        if plan.perturbation_mm is not None:
+            half = torch.tensor([max(e, voxel_size_mm) / 2 for e in extent], device=device)
+            at = (position.movedim(0, -1) / half).flip(-1)[None]
+            flow = F.grid_sample(flow, at, mode="bilinear", padding_mode="border", align_corners=True)
+        position = position + flow[0]
     matrix = torch.tensor(plan.matrix, dtype=torch.float32, device=device)
     shift = torch.tensor(plan.shift_mm, dtype=torch.float32, device=device)
     scale = 1.0 / torch.tensor(spacing_mm, dtype=torch.float32, device=device)
     moved = torch.einsum("ij,jdhw->idhw", matrix, position) + shift[:, None, None, None]
     if plan.flip:
         moved = moved * torch.tensor([-1.0, 1.0, 1.0], device=device)[:, None, None, None]
+    if displacement is not None:
+        moved = moved + displacement(moved)
     voxels = (
         moved * scale[:, None, None, None]
         + torch.tensor(center, dtype=torch.float32, device=device)[:, None, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,51 @@ from pydantic import ValidationError
 from synthseg import rng
 from synthseg.config import GeneratorConfig
 from synthseg.errors import ConfigError, OutputError, TemplateError
-from synthseg.generator.plan import Plan, sample_plan
-from synthseg.generator.synthesis import render
+from synthseg.generator.plan import Plan
+from synthseg.generator.views import render_views, sample_views
 from synthseg.labels import LabelTable
 from synthseg.templates import Template
-from synthseg.volume import Volume, save_image, save_label_map, write_text_atomically
+from synthseg.volume import Volume, save_image, save_label_map, save_vectors, write_text_atomically
 
 
-def sample_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
-    """Image, label map and Plan of one sample."""
-    return tuple(folder / f"{number:04d}_{kind}" for kind in ("image.nii.gz", "label.nii.gz", "plan.json"))  # type: ignore[return-value]
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of one image of a sample. The displacement is only written if the image has one."""
+
+    image: Path
+    label: Path
+    plan: Path
+    displacement: Path
+
+    def all(self) -> tuple[Path, ...]:
+        return self.image, self.label, self.plan, self.displacement
 
 
-def check_free(folder: Path, numbers: Sequence[int], overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Written:
+    """One image that was written: (D, H, W) in [0, 1], labels as indices into the table, and where it is."""
+
+    files: SampleFiles
+    image: np.ndarray
+    labels: np.ndarray
+    table: LabelTable
+    plan: Plan
+
+
+def sample_files(folder: Path, number: int, view: int | None = None) -> SampleFiles:
+    """The files of a sample, or of one of its views."""
+    stem = f"{number:04d}" if view is None else f"{number:04d}_view{view}"
+    kinds = ("image.nii.gz", "label.nii.gz", "plan.json", "displacement.nii.gz")
+    return SampleFiles(*(folder / f"{stem}_{kind}" for kind in kinds))
+
+
+def check_free(folder: Path, numbers: Sequence[int], overwrite: bool, views: int = 1) -> None:
     """Refuse to replace samples that are there, before anything is rendered."""
     for number in numbers:
-        for file in sample_files(folder, number):
-            if file.exists() and not overwrite:
-                raise OutputError(f"{file}: exists already; use --overwrite, or choose another folder")
+        for view in range(views):
+            for file in sample_files(folder, number, view if views > 1 else None).all():
+                if file.exists() and not overwrite:
+                    raise OutputError(f"{file}: exists already; use --overwrite, or choose another folder")
 
 
 def grid_affine(plan: Plan) -> np.ndarray:
@@ -41,16 +69,33 @@ def grid_affine(plan: Plan) -> np.ndarray:
 
 
 def write_sample(
-    folder: Path, number: int, template: Template, plan: Plan, scheme: LabelTable, device: torch.device | str = "cpu"
+    folder: Path,
+    number: int,
+    template: Template,
+    plans: Sequence[Plan],
+    scheme: LabelTable,
+    device: torch.device | str = "cpu",
+    on_done: Callable[[Written], None] = lambda written: None,
 ) -> None:
-    """Render one Plan and write its three files. Labels are ids of ``scheme``."""
+    """Render the Plans of one sample, one for each view, and write their files. Labels are ids of ``scheme``.
+
+    With several views the files are numbered by view. A view whose geometry differs from that of the first by a known
+    displacement comes with it: float32 vectors in mm along right, anterior and superior.
+    """
     indices = np.arange(len(scheme)) if scheme.name == template.table.name else template.table.mapping(scheme)
-    images, labels = render([template], [plan], device)
-    image_file, label_file, plan_file = sample_files(folder, number)
-    grid = Volume(images[0, 0].cpu().numpy(), grid_affine(plan))
-    save_image(image_file, grid)
-    save_label_map(label_file, scheme.ids[indices[labels[0].cpu().numpy()]], grid, scheme.ids)
-    write_text_atomically(plan_file, plan.model_dump_json(indent=1) + "\n")
+    views = render_views(template, plans, device)
+    for view, plan in enumerate(plans):
+        files = sample_files(folder, number, view if len(plans) > 1 else None)
+        image, labels = views.images[view, 0].cpu().numpy(), indices[views.labels[view].cpu().numpy()]
+        grid = Volume(image, grid_affine(plan))
+        save_image(files.image, grid)
+        save_label_map(files.label, scheme.ids[labels], grid, scheme.ids)
+        if plan.deform.perturbation_mm is not None:
+            save_vectors(files.displacement, views.displacement_mm[view].cpu().numpy(), grid.affine)
+        else:
+            files.displacement.unlink(missing_ok=True)  # of an overwritten sample
+        write_text_atomically(files.plan, plan.model_dump_json(indent=1) + "\n")
+        on_done(Written(files, image, labels, scheme, plan))
 
 
 def generate(
@@ -61,15 +106,14 @@ def generate(
     folder: Path,
     scheme: LabelTable | None = None,
     device: torch.device | str = "cpu",
-    on_done: Callable[[Path], None] = lambda file: None,
+    on_done: Callable[[Written], None] = lambda written: None,
 ) -> None:
-    """Write samples 0 to count - 1, each from a template drawn at random."""
+    """Write samples 0 to count - 1, each from a template drawn at random; with views, several images of each."""
     for number in range(count):
         which = int(torch.randint(len(templates), (), generator=rng.generator(seed, number, "template")))
         template = templates[which]
-        plan = sample_plan(config, template.name, template.table, seed, number)
-        write_sample(folder, number, template, plan, scheme or template.table, device)
-        on_done(sample_files(folder, number)[0])
+        plans = sample_views(config, template.name, template.table, seed, number)
+        write_sample(folder, number, template, plans, scheme or template.table, device, on_done)
 
 
 def load_plan(file: Path) -> Plan:

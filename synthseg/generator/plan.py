@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from synthseg import rng
 from synthseg.config import GeneratorConfig
+from synthseg.generator.anatomy import AnatomyPlan, sample_anatomy
 from synthseg.generator.artefacts import ArtefactPlan, sample_artefacts
 from synthseg.generator.contrast import ContrastPlan, sample_contrast
 from synthseg.generator.deform import DeformPlan, sample_deform
@@ -21,31 +22,44 @@ class Plan(Record):
     scheme: str
     seed: int
     index: int
+    view: int = 0
+    severity: float = 1.0
     voxel_size_mm: float
     shape: tuple[int, int, int]
     subsamples: int
+    anatomy: AnatomyPlan | None = None
     deform: DeformPlan
     contrast: ContrastPlan
     artefacts: ArtefactPlan
 
 
-def sample_plan(config: GeneratorConfig, template: str, table: LabelTable, seed: int, index: int) -> Plan:
-    """Draw everything that is random about sample ``index``."""
+def sample_plan(
+    config: GeneratorConfig, template: str, table: LabelTable, seed: int, index: int, view: int = 0
+) -> Plan:
+    """Draw everything that is random about sample ``index``. Its views differ in appearance, not in geometry."""
     extent = tuple(n * config.voxel_size_mm for n in config.shape)
 
     def draw(stage: str) -> Draw:
         return Draw(rng.generator(seed, index, stage))
 
-    strip = draw("strip").chance(config.artefacts.strip_probability)
+    def draw_view(stage: str) -> Draw:
+        return draw(stage if view == 0 else f"{stage}/{view}")
+
+    strip = draw_view("strip").chance(config.artefacts.strip_probability)
+    contrast = sample_contrast(config.contrast, table, extent, draw_view("contrast"), strip)
     return Plan(
         template=template,
         scheme=table.name,
         seed=seed,
         index=index,
+        view=view,
         voxel_size_mm=config.voxel_size_mm,
         shape=config.shape,
         subsamples=config.subsamples,
+        anatomy=sample_anatomy(config.anatomy, table, draw("anatomy")),
         deform=sample_deform(config.deform, extent, draw("deform")),
-        contrast=sample_contrast(config.contrast, table, extent, draw("contrast"), strip),
-        artefacts=sample_artefacts(config.artefacts, config.voxel_size_mm, extent, draw("artefacts")),
+        contrast=contrast,
+        artefacts=sample_artefacts(
+            config.artefacts, config.voxel_size_mm, extent, draw_view("artefacts"), contrast.name, stripped=strip
+        ),
     )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from synthseg.config import TrainConfig
+from synthseg.config import AnatomyConfig, GeneratorConfig, TrainConfig
+from synthseg.config.artefacts import MaskingConfig, ModesConfig
 from synthseg.errors import ConfigError
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
@@ -24,6 +25,21 @@ def exact_index(template: Template, target: LabelTable) -> torch.Tensor:
     return index
 
 
+def whole_head(config: GeneratorConfig, contrast: str) -> GeneratorConfig:
+    """Settings for a held-out map as it is, seen whole, in one contrast; ``random1``, ``random2`` are random."""
+    quiet = config.artefacts.model_copy(
+        update={
+            "strip_probability": 0.0,
+            "crop_probability": 0.0,
+            "kspace": config.artefacts.kspace.model_copy(update={"wrap_probability": 0.0}),
+            "masking": MaskingConfig(),
+            "modes": ModesConfig(),
+        }
+    )
+    only = config.contrast.only("random" if contrast.startswith("random") else contrast)
+    return config.model_copy(update={"anatomy": AnatomyConfig(), "contrast": only, "artefacts": quiet})
+
+
 def validation_table(
     network: torch.nn.Module,
     config: TrainConfig,
@@ -38,16 +54,8 @@ def validation_table(
     cannot tell classes apart are refused: Dice needs exact labels.
     """
     table: dict[str, dict[str, float]] = {}
-    quiet = config.generator.artefacts.model_copy(update={"strip_probability": 0.0, "crop_probability": 0.0})
     for number, contrast in enumerate(contrasts):
-        weights = (
-            {"random_weight": 1.0, "named_weights": {}}
-            if contrast.startswith("random")
-            else {"random_weight": 0.0, "named_weights": {contrast: 1.0}}
-        )
-        generator = config.generator.model_copy(
-            update={"contrast": config.generator.contrast.model_copy(update=weights), "artefacts": quiet}
-        )
+        generator = whole_head(config.generator, contrast)
         scores: list[np.ndarray] = []
         for template in templates:
             index = exact_index(template, target)

@@ -12,11 +12,20 @@ import torch
 from synthseg.config import GeneratorConfig
 from synthseg.generator import artefacts
 from synthseg.generator.artefacts import ArtefactPlan
+from synthseg.generator.artefacts.kspace import GhostingPlan, KSpacePlan, MotionBlock, MotionPlan, Spike
+from synthseg.generator.artefacts.masking import DefacePlan, StripPlan
+from synthseg.generator.artefacts.modes import ScenePlan
+from synthseg.generator.artefacts.slices import SlicesPlan
+from synthseg.generator.artefacts.storage import StoredPlan, WrapPlan
 from synthseg.generator.contrast import ContrastPlan, paint
+from synthseg.generator.ct_scanner import BeamHardening, Headrest
 from synthseg.generator.deform import DeformPlan, coordinates, exponential, read_labels
 from synthseg.generator.draw import Field3D
+from synthseg.generator.hounsfield import CTPlan, finish
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
+from synthseg.generator.texture import Clusters, Octaves
+from synthseg.labels import load_scheme
 from synthseg.templates import Template
 
 SHAPE = (7, 9, 11)
@@ -58,14 +67,120 @@ def seen(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
     return image.masked_fill(~mask, 0)
 
 
+HEAD = load_scheme("head")
+
+
+def small_head(device: torch.device) -> torch.Tensor:
+    """Label indices (D, H, W): brain behind and above, then CSF, skull and skin towards the front and below."""
+    ids = torch.full(SHAPE, 511)
+    ids[:, :7, 2:] = 515
+    ids[:, :6, 3:] = 24
+    ids[:, :5, 4:] = 3
+    ids[3, :3, 6:8] = 4
+    ids[:, 8] = 0
+    return torch.from_numpy(HEAD.to_index(ids.numpy())).to(device)
+
+
+def scene(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
+    labels = small_head(image.device).expand(len(image), *SHAPE)
+    return artefacts.scene(image, labels, [HEAD] * len(plans), [plan.scene for plan in plans])[0]
+
+
+def mask(image: torch.Tensor, plans: Sequence[ArtefactPlan]) -> torch.Tensor:
+    labels = small_head(image.device).expand(len(image), *SHAPE)
+    return artefacts.mask(image, labels, [HEAD] * len(plans), plans, VOXEL_MM)[0]
+
+
+def moving(b: int, shift_mm: float, degrees: float) -> KSpacePlan:
+    blocks = (
+        MotionBlock(start=0.0, shift_mm=(shift_mm, 0.0, -shift_mm), degrees=degrees),
+        MotionBlock(start=0.4 + 0.1 * b, shift_mm=(0.0, 0.0, 0.0), degrees=0.0),
+    )
+    return KSpacePlan(motion=MotionPlan(phase_axis=b % 3, turn_axis=2, blocks=blocks))
+
+
+def ghosts(b: int, strength: float) -> KSpacePlan:
+    return KSpacePlan(ghosting=GhostingPlan(axis=1, every=2 + b, strength=strength))
+
+
+def spikes(b: int, amplitude: float) -> KSpacePlan:
+    return KSpacePlan(spikes=(Spike(frequency=(0.1 + 0.1 * b, 0.2, -0.3), amplitude=amplitude, phase=1.0),))
+
+
+def slabs(b: int, size: float) -> SlicesPlan:
+    return SlicesPlan(
+        axis=1,
+        shift_mm=((size, -size), (0.0, (b + 1) * size)),
+        degrees=(10 * size, 0.0, -5 * size),
+        across_mm=(0.0, size),
+        gain=(1.0, 1.0 + size),
+        slope=((0.0, 0.2 * size),),
+        exponent=(1.0, 1.0, 1.0 + size),
+    )
+
+
+def deface(by: str, margin_mm: float, noise: float = 0.0) -> DefacePlan:
+    normal = (0.0, 0.8, -0.6)
+    return DefacePlan.model_validate(
+        {"by": by, "normal": normal, "margin_mm": margin_mm, "depth_mm": 6.0, "drop": 0.2, "keep_mm": margin_mm}
+        | {"noise": noise, "noise_seed": 4}
+    )
+
+
+def strip(b: int) -> StripPlan:
+    return StripPlan(offset_mm=bumps(b, 2.0), leftovers=bumps(b + 9, 1.0), threshold=0.5, reach_mm=6.0)
+
+
+def strong_interpolation(by: str, b: int) -> dict[str, Any]:
+    stored = StoredPlan.model_validate({"by": by, "factor": 2.0 + b})
+    return {"spacing_mm": (4.0, 1.5, 3.0), "thickness_mm": (4.0, 0.0, 3.0), "stored": stored, "profile": "gaussian"}
+
+
 STAGES = {
     "bias_field": Stage(artefacts.bias_field, lambda b: {"log_bias": bumps(b, 0.5)}, {"log_bias": bumps(0, 0.0)}),
     "gamma": Stage(artefacts.gamma, lambda b: {"gamma": 0.5 + b}),
+    "local contrast": Stage(
+        artefacts.gamma, lambda b: {"log_exponent": bumps(b, 0.7)}, {"log_exponent": bumps(0, 0.0)}
+    ),
     "slices": Stage(acquire, lambda b: {"spacing_mm": (4.0 + b, 1.5, 1.5), "thickness_mm": (3.0, 0.0, 0.0)}),
     "isotropic": Stage(acquire, lambda b: {"spacing_mm": (3.0 + b,) * 3, "thickness_mm": (3.0 + b,) * 3}),
+    **{
+        f"stored by {by}": Stage(
+            acquire,
+            lambda b, by=by: strong_interpolation(by, b),  # type: ignore[misc]
+            {"stored": StoredPlan.model_validate({"by": by, "factor": 2.0})},
+        )
+        for by in ("linear", "cubic", "nearest", "zero_fill")
+    },
     "noise": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b}),
     "noisy slices": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b, "spacing_mm": (1.5, 4.0, 1.5)}),
+    "uneven noise": Stage(
+        acquire,
+        lambda b: {"noise_std": 0.1, "noise_seed": b, "log_gfactor": bumps(b, 0.5), "spacing_mm": (1.5, 4.0, 1.5)},
+        {"log_gfactor": bumps(0, 0.5)},
+    ),
+    "gaussian noise": Stage(acquire, lambda b: {"noise_std": 0.1, "noise_seed": b, "noise_kind": "gaussian"}),
+    "motion": Stage(acquire, lambda b: {"kspace": moving(b, 2.0, 4.0)}, {"kspace": moving(0, 0.0, 0.0)}),
+    "ghosting": Stage(acquire, lambda b: {"kspace": ghosts(b, 0.7)}, {"kspace": ghosts(0, 0.0)}),
+    "gibbs": Stage(acquire, lambda b: {"kspace": KSpacePlan(kept=(0.5, 1.0, 0.6 - 0.2 * b))}, {"kspace": KSpacePlan()}),
+    "spikes": Stage(acquire, lambda b: {"kspace": spikes(b, 0.2)}, {"kspace": spikes(0, 0.0)}),
+    "slice by slice": Stage(acquire, lambda b: {"slices": slabs(b, 1.0)}, {"slices": slabs(0, 0.0)}),
+    "fold": Stage(
+        artefacts.fold,
+        lambda b: {"wrap": WrapPlan(axis=1, start=0.1 * b, stop=0.7, strength=0.8)},
+        {"wrap": WrapPlan(axis=1, start=0.0, stop=1.0, strength=0.8)},
+    ),
     "field_of_view": Stage(seen, lambda b: {"crop": ((0.0, 1.0), (0.3, 1.0), (0.0, 0.6 - 0.1 * b))}),
+    "window": Stage(
+        seen,
+        lambda b: {"wrap": WrapPlan(axis=1, start=0.1 * b, stop=0.7, strength=1.0)},
+        {"wrap": WrapPlan(axis=1, start=0.0, stop=1.0, strength=1.0)},
+    ),
+    "bad stripping": Stage(mask, lambda b: {"strip": strip(b)}),
+    "plane": Stage(mask, lambda b: {"deface": deface("plane", float(b))}, {"deface": deface("plane", 99.0)}),
+    "box": Stage(mask, lambda b: {"deface": deface("box", float(b), 0.5)}, {"deface": deface("box", 99.0)}),
+    "background": Stage(mask, lambda b: {"background_mm": -6.0 - b}, {"background_mm": 99.0}),
+    "ex vivo": Stage(scene, lambda b: {"scene": ScenePlan(mode="exvivo", fluid=bumps(b, 0.5))}),
 }
 
 
@@ -135,7 +250,7 @@ def test_the_same_plan_twice_is_the_same_image(stage: Stage, device: torch.devic
 # ---------------------------------------------------------------- stages between labels and image
 
 
-def contrast_plan(n_labels: int, std: float, texture_std: float) -> ContrastPlan:
+def contrast_plan(n_labels: int, std: float, texture_std: float, **more: Any) -> ContrastPlan:
     return ContrastPlan(
         name="random",
         mean=tuple(0.1 * i for i in range(n_labels)),
@@ -144,6 +259,7 @@ def contrast_plan(n_labels: int, std: float, texture_std: float) -> ContrastPlan
         texture=bumps(4, 1.0),
         noise_seed=9,
         visible=(True,) * n_labels,
+        **more,
     )
 
 
@@ -151,20 +267,84 @@ def some_labels(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 6, SHAPE, generator=torch.manual_seed(0), dtype=torch.uint8).to(device)
 
 
-def test_paint_keeps_shape_and_device_and_does_not_modify(device: torch.device) -> None:
+EXTENT_MM = (VOXEL_MM * SHAPE[0], VOXEL_MM * SHAPE[1], VOXEL_MM * SHAPE[2])
+CT = CTPlan(window_hu=(0.0, 250.0), extent_mm=EXTENT_MM)  # as wide as one unit of intensity
+
+
+def patches(std: float) -> Clusters:
+    offset = std * torch.randn((4, 6), generator=torch.manual_seed(2))
+    return Clusters(fields=bumps(5, 1.0, 2), level=(0.0, 0.1), offset=tuple(map(tuple, offset.tolist())))
+
+
+def scales(weight: float) -> Octaves:
+    return Octaves(extent_mm=EXTENT_MM, spacing_mm=(6.0, 3.0), weight=(weight, weight), seed=3)
+
+
+# What can be added to an image while it is painted: the plan fields at full strength, and at strength 0.
+PAINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "patches": ({"clusters": patches(0.2)}, {"clusters": patches(0.0)}),
+    "octaves": ({"octaves": scales(1.0)}, {"octaves": scales(0.0)}),
+    "everything": ({"clusters": patches(0.2), "octaves": scales(1.0)}, {"clusters": patches(0), "octaves": scales(0)}),
+}
+
+
+@pytest.fixture(params=PAINTS)
+def paints(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    return PAINTS[request.param]
+
+
+def test_paint_keeps_shape_and_device_and_does_not_modify(paints: Any, device: torch.device) -> None:
     labels = some_labels(device)
     before = labels.clone()
-    out = paint([labels, labels.flip(0)], contrast_plan(6, 0.1, 0.1))
+    torch.manual_seed(1)
+    plan = contrast_plan(6, 0.1, 0.1, **paints[0])
+    out = paint([labels, labels.flip(0)], plan)
     assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.float32, device.type)
     assert torch.equal(labels, before)
+    torch.manual_seed(2)  # the global state plays no part
+    again = ContrastPlan.model_validate_json(plan.model_dump_json())
+    assert torch.equal(paint([labels, labels.flip(0)], again), out)
 
 
-def test_paint_of_strength_zero_is_a_lookup(device: torch.device) -> None:
+def test_paint_of_strength_zero_is_a_lookup(paints: Any, device: torch.device) -> None:
     labels = some_labels(device)
-    out = paint([labels], contrast_plan(6, 0.0, 0.0))
+    out = paint([labels], contrast_plan(6, 0.0, 0.0, **paints[1]))
     np.testing.assert_allclose(out.cpu().numpy(), 0.1 * labels.cpu().numpy(), atol=1e-7)
     assert not torch.equal(out, paint([labels], contrast_plan(6, 0.1, 0.0)))
     assert not torch.equal(out, paint([labels], contrast_plan(6, 0.0, 0.1)))
+    if paints[0]:
+        assert not torch.equal(out, paint([labels], contrast_plan(6, 0.0, 0.1, **paints[0])))
+
+
+CT_STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "window": ({}, {}),
+    "beam_hardening": (
+        {"beam_hardening": BeamHardening(strength=0.3, soft_share=0.1)},
+        {"beam_hardening": BeamHardening(strength=0.0, soft_share=0.1)},
+    ),
+    "headrest": (
+        {"headrest": Headrest(gap_mm=1, radius_mm=30, thickness_mm=5, half_width_mm=9, shift_mm=0, hu=150)},
+        {"headrest": Headrest(gap_mm=1, radius_mm=30, thickness_mm=5, half_width_mm=0, shift_mm=99, hu=150)},
+    ),
+}
+
+
+@pytest.mark.parametrize("stage_name", CT_STAGES)
+def test_ct_stages_keep_the_contract(stage_name: str, device: torch.device) -> None:
+    strong, zero = CT_STAGES[stage_name]
+    hu = torch.full(SHAPE, -1000.0, device=device)
+    hu[2:5, 5:8] = 40.0
+    hu[2:4, 6:7] = 1400.0
+    before = hu.clone()
+    plain = finish(hu, CT)
+    out = finish(hu, CT.model_copy(update=strong))
+    assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.float32, device.type)
+    assert torch.equal(hu, before)
+    assert torch.equal(finish(hu, CT.model_copy(update=strong)), out)
+    assert torch.equal(out, plain) == (stage_name == "window")
+    torch.testing.assert_close(finish(hu, CT.model_copy(update=zero)), plain, rtol=0, atol=1e-7)
+    assert 0 <= float(out.min()) < float(out.max()) <= 1
 
 
 def test_coordinates_of_strength_zero_are_the_grid(device: torch.device) -> None:

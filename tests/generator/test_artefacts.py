@@ -1,6 +1,7 @@
 """Scanner effects by hand: bias, gamma, slice profiles, Rician noise, field of view."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from synthseg.config import ArtefactConfig
+from synthseg.config import ArtefactConfig, parse
 from synthseg.generator.artefacts import (
     ArtefactPlan,
     acquire,
-    along,
     bias_field,
+    corrupt,
     field_of_view,
     gamma,
     sample_artefacts,
-    slice_matrices,
 )
+from synthseg.generator.artefacts.storage import along, slice_matrices
 from synthseg.generator.draw import Draw, Field3D
+from synthseg.labels import load_scheme
 
 IDLE = ArtefactPlan(
     log_bias=None,
@@ -57,6 +59,17 @@ def test_gamma_by_hand() -> None:
 def test_gamma_of_a_constant_image() -> None:
     image = torch.full((1, 1, 2, 3, 4), 0.7)
     torch.testing.assert_close(gamma(image, with_(gamma=0.5)), image)
+
+
+def test_local_contrast_is_a_gamma_that_varies() -> None:
+    image = torch.full((1, 1, 5, 2, 3), 0.5)
+    image[..., 0], image[..., 2] = 0.0, 1.0
+    field = torch.zeros(1, 2, 2, 2)
+    field[0, 1] = math.log(3.0)  # from 2 to 6 along the first axis, on a gamma of 2
+    out = gamma(image, with_(gamma=2.0, log_exponent=Field3D.of(field)))
+    np.testing.assert_allclose(out[0, 0, :, 0, 1], 0.5 ** (2 * 3.0 ** np.array([0, 0.25, 0.5, 0.75, 1])), rtol=1e-5)
+    assert (out[..., 0] == 0).all()
+    assert (out[..., 2] == 1).all()
 
 
 # ---------------------------------------------------------------- slices
@@ -179,6 +192,23 @@ def test_noise_seed_decides() -> None:
     assert not torch.equal(same[:1], other)
 
 
+def test_parallel_imaging_makes_noise_uneven() -> None:
+    field = torch.zeros(1, 2, 2, 2)
+    field[0, 1] = math.log(4.0)
+    plans = with_(noise_std=0.02, log_gfactor=Field3D.of(field))
+    out = acquire(torch.full((1, 1, 3, 80, 90), 1.0), plans, 1.0)[0, 0]
+    assert [float(out[i].std()) for i in range(3)] == pytest.approx([0.02, 0.04, 0.08], rel=0.05)
+
+
+def test_gaussian_noise_has_no_floor_of_its_own() -> None:
+    plans = with_(noise_std=0.05, noise_kind="gaussian")
+    bright = acquire(torch.full((1, 1, 30, 40, 35), 0.5), plans, 1.0)
+    assert float(bright.mean()) == pytest.approx(0.5, abs=1e-3)
+    assert float(bright.std()) == pytest.approx(0.05, rel=0.02)
+    air = acquire(torch.zeros((1, 1, 30, 40, 35)), plans, 1.0)
+    assert float((air == 0).float().mean()) == pytest.approx(0.5, abs=0.01)  # the window has no values below its floor
+
+
 # ---------------------------------------------------------------- field of view
 
 
@@ -221,3 +251,94 @@ def test_drawn_artefacts_keep_to_their_ranges() -> None:
     logs = np.log([p.gamma for p in plans])
     assert abs(logs.mean()) < 0.05
     assert logs.std() == pytest.approx(0.3, rel=0.15)
+
+
+# ---------------------------------------------------------------- everything together
+
+ALL: dict[str, Any] = {
+    "local_contrast_std": (0.1, 0.3),
+    "noise_spread": (0.1, 0.4),
+    "crop_probability": 0.0,
+    "kspace": {f"{name}_probability": 1.0 for name in ("motion", "ghosting", "gibbs", "spike", "wrap")},
+    "storage": {"interpolation_probability": 1.0, "gaussian_profile_probability": 0.5},
+    "masking": {"background_probability": 1.0, "bad_strip_probability": 0.5, "deface_probability": 1.0},
+}
+
+
+def draws(record: dict[str, Any], n: int = 60, **more: Any) -> list[ArtefactPlan]:
+    config = parse(ArtefactConfig, record, "test")
+    return [
+        sample_artefacts(config, 2.0, (60.0, 70.0, 80.0), Draw(torch.Generator().manual_seed(seed)), **more)
+        for seed in range(n)
+    ]
+
+
+def test_new_artefacts_do_not_move_the_draws_of_the_old() -> None:
+    old = ("log_bias", "gamma", "spacing_mm", "thickness_mm", "noise_std", "noise_seed", "crop")
+    changed = {"kspace": ALL["kspace"], "masking": ALL["masking"], "noise_spread": (0.1, 0.4)}
+    for before, after in zip(draws({}), draws(changed), strict=True):
+        assert all(getattr(before, name) == getattr(after, name) for name in old)
+        assert before == ArtefactPlan(**{name: getattr(before, name) for name in old})  # the rest is off by default
+
+
+def test_everything_drawn_survives_json() -> None:
+    plans = draws(ALL) + draws({"modes": {"photo_probability": 0.5, "exvivo_probability": 1.0}})
+    for plan in plans:
+        assert ArtefactPlan.model_validate_json(plan.model_dump_json()) == plan
+    assert all((p.stored and p.kspace) or p.scene for p in plans)
+    assert {p.slices is None for p in plans} == {True, False}
+    assert {p.strip is None for p in plans} == {True, False}
+
+
+def test_records_of_earlier_versions_are_read() -> None:
+    record = IDLE.model_dump(
+        include={"log_bias", "gamma", "spacing_mm", "thickness_mm", "noise_std", "noise_seed", "crop"}
+    )
+    assert ArtefactPlan.model_validate(record) == IDLE
+
+
+@pytest.mark.parametrize("contrast", ["ct", "hounsfield"])
+def test_a_ct_scanner_is_not_a_magnet(contrast: str) -> None:
+    for plan in draws(ALL | {"ct_physics": True}, contrast=contrast):
+        assert plan.log_bias is plan.log_exponent is plan.log_gfactor is plan.kspace is plan.slices is plan.wrap is None
+        assert (plan.gamma, plan.noise_kind) == (1.0, "gaussian")
+        assert plan.masked
+    assert all(plan.kspace for plan in draws(ALL, contrast=contrast))  # only if asked for
+    assert all(plan.kspace for plan in draws(ALL | {"ct_physics": True}, contrast="t1"))
+
+
+def test_stripped_images_are_not_masked_again() -> None:
+    modes = {"photo_probability": 0.5, "exvivo_probability": 1.0}
+    for plan in draws(ALL | {"modes": modes}, stripped=True):
+        assert not plan.masked
+        assert plan.scene is None
+        assert plan.kspace is not None
+
+
+def test_severity_zero_is_mild() -> None:
+    config = parse(ArtefactConfig, ALL | {"modes": {"exvivo_probability": 1.0}}, "test").at_severity(0.0)
+    for seed in range(40):
+        plan = sample_artefacts(config, 2.0, (60.0, 70.0, 80.0), Draw(torch.Generator().manual_seed(seed)))
+        assert plan.kspace is plan.wrap is plan.slices is plan.stored is plan.scene is plan.log_exponent is None
+        assert not plan.masked
+        assert plan.noise_std <= 1e-4
+        assert plan.spacing_mm == (2.0,) * 3
+        assert abs(math.log(plan.gamma)) < 0.06
+    assert parse(ArtefactConfig, ALL, "test").at_severity(1.0) == parse(ArtefactConfig, ALL, "test")
+
+
+def test_corrupt_covers_and_hides_consistently() -> None:
+    table = load_scheme("siam16")
+    labels = torch.full((1, 30, 35, 40), table.index_of[16], dtype=torch.uint8)
+    labels[:, 6:24, 6:28, 10:34] = table.index_of[1]
+    image = torch.full((1, 1, 30, 35, 40), 0.5)
+    before = image.clone(), labels.clone()
+    for plan in draws(ALL | {"noise_probability": 0.0, "modes": {"photo_probability": 0.2}}, 12):
+        out, shown, seen = corrupt(image, labels, [table], [plan], 2.0)
+        assert torch.isfinite(out).all()
+        assert out.min() >= 0
+        assert out.shape == image.shape
+        assert (shown[~seen[:, 0]] == 0).all()
+        assert ((shown == labels) | (shown == 0)).all()
+    assert torch.equal(image, before[0])
+    assert torch.equal(labels, before[1])

@@ -1,0 +1,269 @@
+"""The anatomy of a sample: layers thinner or thicker, structures smaller or larger than the template's.
+
+Small changes move borders: voxels near a border change hands (``borders``). Large ones push their surroundings
+(``morph``). Both happen in the template, before it is deformed and read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from synthseg.config import AnatomyConfig
+from synthseg.generator.borders import (
+    CELL_MM,
+    EFFECTS,
+    NUCLEI,
+    Borders,
+    borders_of,
+    cortex_depth,
+    movable_pairs,
+)
+from synthseg.generator.draw import Draw, Field3D, Record
+from synthseg.generator.morph import morph_of
+from synthseg.labels import BRAIN_TISSUES, LabelTable
+from synthseg.templates import Template
+
+GAP = 1  # row of the subarachnoid gap among the directions of ``Morph``
+BOX_MM = 256.0  # the variation over space is drawn on a cube of this side around the template's centre
+
+
+class Shift(Record):
+    """A shift of a border: its mean, and the weights of the two fields of variation, in mm."""
+
+    mean_mm: float
+    variation_mm: tuple[float, float]
+
+
+class AnatomyPlan(Record):
+    """What happens to the anatomy. A structure or layer that is not named stays as it is.
+
+    Attributes
+    ----------
+    shifts : effect of ``borders.EFFECTS`` -> how far the growing tissue advances.
+    volume_ratio : label id of a deep nucleus -> its volume against the template's.
+    recarve : thickness of a cortex carved anew from white matter; None: not carved.
+    ventricle_ratio : volume of the ventricles against the template's.
+    layers : shifts of subarachnoid gap, skull and scalp.
+    atrophy : part of the cerebral cortex that becomes CSF.
+    variation : two fields over ``BOX_MM``.
+    """
+
+    shifts: dict[str, Shift]
+    volume_ratio: dict[int, float]
+    recarve: Shift | None
+    ventricle_ratio: float
+    layers: tuple[Shift, Shift, Shift] | None
+    atrophy: float
+    variation: Field3D
+
+
+def sample_anatomy(config: AnatomyConfig, table: LabelTable, draw: Draw) -> AnatomyPlan | None:
+    """Draw the changes of one sample; None for none."""
+    if not draw.chance(config.probability) and config.atrophy == 0:
+        return None
+    changed = config.probability > 0
+
+    def shift(largest: float) -> Shift:
+        angle = draw.uniform(0, 2 * math.pi)
+        spread = draw.uniform(0, config.variation) * largest
+        mean = draw.uniform(-largest, largest)
+        return Shift(mean_mm=mean, variation_mm=(spread * math.cos(angle), spread * math.sin(angle)))
+
+    shifts: dict[str, Shift] = {}
+    recarve = None
+    if changed and draw.chance(config.cortex_probability):
+        if draw.chance(config.recarve_probability):
+            thickness = draw.uniform(*config.recarve_mm)
+            recarve = shift(config.cortex_outer_mm).model_copy(update={"mean_mm": thickness})
+        else:
+            shifts["cortex_outer"] = shift(config.cortex_outer_mm)
+            shifts["cortex_inner"] = shift(config.cortex_inner_mm)
+        shifts["cerebellum_outer"] = shift(config.cerebellum_mm)
+        shifts["cerebellum_inner"] = shift(config.cerebellum_mm)
+    ratios: dict[int, float] = {}
+    if changed and draw.chance(config.nuclei_probability):
+        low, high = config.nuclei_ratio
+        for label in table.labels:  # left and right of one size, but for a little
+            if label.tissue in NUCLEI and label.id not in ratios:
+                ratio = math.exp(draw.uniform(math.log(low), math.log(high)))
+                for side in (label.id, label.partner):
+                    if side is not None:
+                        ratios[side] = min(max(ratio * math.exp(draw.normal(0.05)), low), high)
+    ventricle = 1.0
+    if changed and draw.chance(config.ventricle_probability):
+        ventricle = math.exp(draw.uniform(*(math.log(r) for r in config.ventricle_ratio)))
+    layers = None
+    if changed and draw.chance(config.skull_probability):
+        layers = (shift(config.subarachnoid_mm), shift(config.skull_mm), shift(config.scalp_mm))
+        for name, largest in (
+            ("diploe", config.diploe_mm),
+            ("skin", config.skin_mm),
+            ("dura", config.dura_mm),
+            ("vessel", config.vessel_mm),
+        ):
+            shifts[name] = shift(largest)
+    spacing = draw.uniform(*config.variation_spacing_mm)
+    return AnatomyPlan(
+        shifts=shifts,
+        volume_ratio=ratios,
+        recarve=recarve,
+        ventricle_ratio=ventricle,
+        layers=layers,
+        atrophy=config.atrophy,
+        variation=draw.field(2, (BOX_MM,) * 3, spacing, 1.0),
+    )
+
+
+def _variation_at(variation: Field3D, position_mm: torch.Tensor) -> torch.Tensor:
+    """The two fields of variation at positions (3, D, H, W), mm from the template's centre -> (2, D, H, W)."""
+    grid = (position_mm.movedim(0, -1) / (BOX_MM / 2)).flip(-1)[None]
+    field = variation.tensor(position_mm.device)[None]
+    return F.grid_sample(field, grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
+
+
+def displacement(template: Template, plan: AnatomyPlan, position_mm: torch.Tensor, brain: bool = False) -> torch.Tensor:
+    """What to add to positions (3, D, H, W), mm from the template's centre, for ventricles and layers.
+
+    The brain moves within the skull: ``brain`` is its own displacement, the other that of everything else.
+    """
+    morph = morph_of(template)
+    shift = torch.zeros((4, 1, 1, 1), device=position_mm.device)
+    shift[0] = morph.ventricle_shift_mm(plan.ventricle_ratio)
+    if plan.layers is not None:
+        fields = _variation_at(plan.variation, position_mm)
+        shift = shift.expand(4, *position_mm.shape[1:]).clone()
+        for row, layer in enumerate(plan.layers, start=1):
+            if row != GAP or brain:
+                shift[row] = layer.mean_mm + layer.variation_mm[0] * fields[0] + layer.variation_mm[1] * fields[1]
+    return morph.offset(position_mm, shift)
+
+
+def brain_in_skull(head: torch.Tensor, brain: torch.Tensor, table: LabelTable) -> torch.Tensor:
+    """Labels (D, H, W) of a head whose brain has moved, from those read without and with the brain's displacement.
+
+    The brain covers brain and CSF and nothing else; where it has left, there is CSF.
+    """
+    tissue = [label.tissue for label in table.labels]
+    is_brain = torch.tensor([t in BRAIN_TISSUES for t in tissue])
+    is_fluid = torch.tensor([t == "csf" for t in tissue])
+    n = len(tissue)
+    if not is_fluid.any():
+        return head
+    first = torch.arange(n)[:, None].expand(n, n)
+    left = torch.where(is_brain[:, None], int(is_fluid.nonzero()[0]), first)
+    covered = (is_brain | is_fluid)[:, None] & is_brain[None]
+    result = torch.where(covered, torch.arange(n)[None], left).to(device=head.device, dtype=torch.uint8)
+    both = head.int().mul_(n).add_(brain)
+    return torch.index_select(result.view(-1), 0, both.view(-1)).view(head.shape)
+
+
+def moves(plan: AnatomyPlan) -> bool:
+    """Whether the plan has a displacement."""
+    return plan.layers is not None or plan.ventricle_ratio != 1.0
+
+
+def moves_brain(plan: AnatomyPlan) -> bool:
+    """Whether the brain moves within the skull."""
+    return plan.layers is not None and (plan.layers[0].mean_mm != 0 or plan.layers[0].variation_mm != (0.0, 0.0))
+
+
+def _pair_shifts(template: Template, plan: AnatomyPlan, borders: Borders) -> torch.Tensor:
+    """How far label b advances into label a, mm: mean and two weights of variation, (3, n, n), antisymmetric."""
+    table = template.table
+    tissue = [label.tissue for label in table.labels]
+    out = torch.zeros((3, len(tissue), len(tissue)))
+
+    def members(names: tuple[str, ...]) -> torch.Tensor:
+        return torch.tensor([t in names for t in tissue])
+
+    for effect, shift in plan.shifts.items():
+        growing, yielding = EFFECTS[effect]
+        advance = members(yielding)[:, None] & members(growing)[None]
+        for row, value in enumerate((shift.mean_mm, *shift.variation_mm)):
+            out[row][advance] += value
+            out[row][advance.T] -= value
+    size = torch.zeros(len(tissue))
+    for label_id, ratio in plan.volume_ratio.items():
+        index = table.index_of.get(label_id)
+        if index is None:
+            continue
+        volume = float(borders.volume[index])
+        size[index] = (
+            borders.shift_for((), (index,), (ratio - 1) * volume)
+            if ratio > 1
+            else -borders.shift_for((index,), (), (1 - ratio) * volume)
+        )
+    out[0] += size[None] - size[:, None]
+    if plan.atrophy > 0:
+        grey = tuple(i for i, t in enumerate(tissue) if t == "gm")
+        fluid = tuple(i for i, t in enumerate(tissue) if t == "csf")
+        voxels = plan.atrophy * float(borders.volume[list(grey)].sum())
+        retreat = borders.shift_for(grey, fluid, voxels)
+        lost = members(("gm",))[:, None] & members(("csf",))[None]
+        out[0][lost] += retreat
+        out[0][lost.T] -= retreat
+    return torch.where(movable_pairs(table)[None], out, 0.0)
+
+
+def change_labels(template: Template, plan: AnatomyPlan) -> torch.Tensor:
+    """The template's labels with borders moved, uint8 (D, H, W); the template itself is left as it is."""
+    labels = template.labels.clone()
+    if not plan.shifts and not plan.volume_ratio and plan.recarve is None and plan.atrophy == 0:
+        return labels
+    borders = borders_of(template)
+    n = len(template.table)
+    pairs = _pair_shifts(template, plan, borders).view(3, n * n)
+    fields = _variation_at(plan.variation, _cell_positions(template, borders)).view(2, -1)
+    flat = labels.view(-1)
+    which = borders.own.int() * n + borders.other.int()
+    advance = torch.index_select(pairs[0], 0, which)
+    if pairs[1:].any():
+        for row in (0, 1):
+            local = torch.index_select(fields[row], 0, borders.cell)
+            advance.addcmul_(torch.index_select(pairs[row + 1], 0, which), local)
+    chosen = (advance > borders.margin_mm).nonzero()[:, 0]
+    flat[borders.position[chosen].long()] = borders.other[chosen]
+    if plan.recarve is not None:
+        _carve_cortex(template, plan.recarve, plan.variation, flat)
+    return labels
+
+
+def _carve_cortex(template: Template, thickness: Shift, variation: Field3D, flat: torch.Tensor) -> None:
+    """Grey matter is what lies within the thickness from white matter and was grey, or nearly, before (SIAM, 2026)."""
+    position, was_grey, depth = cortex_depth(template)
+    if len(position) == 0:
+        return
+    tissue = [label.tissue for label in template.table.labels]
+    borders = borders_of(template)
+    fields = _variation_at(variation, _cell_positions(template, borders)).view(2, -1)
+    place = torch.stack(torch.unravel_index(position.long(), template.labels.shape), 0)
+    at = [(p * (mm / CELL_MM)).round().long() for p, mm in zip(place, template.spacing_mm, strict=True)]
+    cell = (at[0] * borders.cells[1] + at[1]) * borders.cells[2] + at[2]
+    local = thickness.mean_mm + thickness.variation_mm[0] * fields[0] + thickness.variation_mm[1] * fields[1]
+    inside = depth < local[cell]
+    removed, added = position[was_grey & ~inside].long(), position[~was_grey & inside].long()
+    flat[removed] = tissue.index("csf")
+    flat[added] = _nearest_grey(template)[added]
+
+
+def _nearest_grey(template: Template) -> torch.Tensor:
+    """The cortex label that each movable CSF voxel touches, uint8, flattened."""
+    if "nearest_grey" not in template.cache:
+        borders = borders_of(template)
+        out = template.labels.view(-1).clone()
+        out[borders.position.long()] = borders.other
+        template.cache["nearest_grey"] = out
+    found: torch.Tensor = template.cache["nearest_grey"]
+    return found
+
+
+def _cell_positions(template: Template, borders: Borders) -> torch.Tensor:
+    """Positions of the lattice of the borders, mm from the template's centre, (3, D, H, W)."""
+    axes = [
+        torch.arange(n) * CELL_MM - c * mm
+        for n, c, mm in zip(borders.cells, template.center, template.spacing_mm, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()

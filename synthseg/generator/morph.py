@@ -1,0 +1,148 @@
+"""Displacement that enlarges ventricles and thickens the layers of the head, computed once per template.
+
+A border that moves far must push its surroundings, not eat them: the caudate beside a ventricle of three times the
+volume is still there. So the position that is read is shifted along the gradient of a distance map, on a lattice of
+``LATTICE_MM``, before the labels are read; it composes with the other deformations into one field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES
+from synthseg.templates import Template
+
+LATTICE_MM = 3.0
+WORK_MM = 2.0
+PUSH_MM = 14.0  # how far beyond a ventricle's wall its surroundings give way
+SKULL_MM, SCALP_MM, BRAIN_MM = 6.0, 10.0, 30.0  # depths over which a shift of a layer fades in or out
+REACH_MM = torch.linspace(-4.0, 9.0, 14)  # shifts of the ventricle's wall for which the volume is tabled
+
+
+@dataclass
+class Morph:
+    """Directions of displacement in mm per mm of shift, on a lattice over the template.
+
+    Attributes
+    ----------
+    directions : (1, 12, D, H, W) float32: ventricle, subarachnoid gap, skull, scalp, three components each; a
+        positive shift enlarges the ventricle, the gap, the skull, the scalp. The gap's is for the brain alone.
+    center_mm : the lattice's middle, against the template's centre.
+    half_mm : half its extent.
+    ventricle_volume : volume of the ventricles for each of ``REACH_MM``, against the template's; None if it has none.
+    """
+
+    directions: torch.Tensor
+    center_mm: torch.Tensor
+    half_mm: torch.Tensor
+    ventricle_volume: torch.Tensor | None
+
+    def ventricle_shift_mm(self, ratio: float) -> float:
+        """Shift of the wall that makes the ventricles ``ratio`` times as large."""
+        if self.ventricle_volume is None or ratio == 1.0:
+            return 0.0
+        return float(np.interp(ratio, self.ventricle_volume.numpy(), REACH_MM.numpy()))
+
+    def offset(self, position_mm: torch.Tensor, shift_mm: torch.Tensor) -> torch.Tensor:
+        """What to add to positions (3, D, H, W), mm from the template's centre, to read the changed anatomy.
+
+        ``shift_mm`` is (4, D, H, W) or (4, 1, 1, 1): ventricle, gap, skull, scalp.
+        """
+        device = position_mm.device
+        unit = (position_mm.movedim(0, -1) - self.center_mm.to(device)) / self.half_mm.to(device)
+        read = F.grid_sample(
+            self.directions.to(device), unit.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=True
+        )[0]
+        return (read.view(4, 3, *position_mm.shape[1:]) * shift_mm[:, None]).sum(0)
+
+
+def morph_of(template: Template) -> Morph:
+    """The displacement directions of a template, computed at the first call."""
+    if "morph" not in template.cache:
+        template.cache["morph"] = find_morph(template)
+    found: Morph = template.cache["morph"]
+    return found
+
+
+def _signed_distance(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """Millimetres to the border of a mask, negative inside."""
+    outside = ndimage.distance_transform_edt(~mask, sampling=spacing)
+    inside = ndimage.distance_transform_edt(mask, sampling=spacing)
+    return (outside - inside).astype(np.float32)
+
+
+def _direction(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """Smooth unit vectors away from a surface, (3, D, H, W)."""
+    smooth = ndimage.gaussian_filter(distance, [2.0 / s for s in spacing])
+    return np.stack(np.gradient(smooth, *spacing)).astype(np.float32)
+
+
+def find_morph(template: Template) -> Morph:
+    """Distance maps on a grid of about ``WORK_MM``, and the directions that follow from them."""
+    steps = [max(1, round(WORK_MM / s)) for s in template.spacing_mm]
+    coarse = template.labels.numpy()[tuple(slice(None, None, step) for step in steps)]
+    spacing = tuple(step * s for step, s in zip(steps, template.spacing_mm, strict=True))
+    pad = 6
+    coarse = np.pad(coarse, pad)
+    tissue = np.array([label.tissue for label in template.table.labels])
+
+    def mask(*names: str) -> np.ndarray:
+        return np.isin(tissue, names)[coarse]
+
+    ventricle = mask("ventricle")
+    zero = np.zeros((3, *coarse.shape), np.float32)
+    push = zero
+    if ventricle.any():
+        d = _signed_distance(ventricle, spacing)
+        push = -np.exp(-((np.clip(d, 0, None) / PUSH_MM) ** 2)) * _direction(d, spacing)
+    gap = skull = scalp = zero
+    bone = mask("bone_cortical", "bone_cancellous")
+    inside = ndimage.binary_fill_holes(mask(*INTRACRANIAL_TISSUES, "dura", "vessel", "artery", "vein"))
+    inside = ndimage.binary_opening(inside, iterations=2)  # without the vessels of the face and neck
+    if bone.any() and inside.any():
+        d_in = _signed_distance(inside, spacing)
+        outward = _direction(d_in, spacing)
+        hull = ndimage.binary_closing(np.pad(mask(*BRAIN_TISSUES), 8), iterations=5)[8:-8, 8:-8, 8:-8]
+        gap = np.exp(-np.abs(_signed_distance(hull, spacing)) / BRAIN_MM) * outward
+        skull = -np.clip(d_in / SKULL_MM, 0, 1) * outward
+        shell = _signed_distance(inside | bone, spacing)
+        scalp = -np.clip(shell / SCALP_MM, 0, 1) * outward
+    fields = np.concatenate([push, gap, skull, scalp]).astype(np.float32)
+    fields = ndimage.gaussian_filter(fields, [0, *(1.0 / s for s in spacing)])
+
+    extent = [(n - 1) * s for n, s in zip(coarse.shape, spacing, strict=True)]
+    lattice = [int(np.ceil(e / LATTICE_MM)) + 1 for e in extent]
+    directions = F.interpolate(torch.from_numpy(fields)[None], size=lattice, mode="trilinear", align_corners=True)
+    start = [-pad * s - c * mm for s, c, mm in zip(spacing, template.center, template.spacing_mm, strict=True)]
+    half = torch.tensor(extent, dtype=torch.float32) / 2
+    found = Morph(directions, torch.tensor(start, dtype=torch.float32) + half, half, None)
+    if ventricle.any():
+        found.ventricle_volume = _ventricle_volumes(template, found, tissue == "ventricle")
+    return found
+
+
+def _ventricle_volumes(template: Template, morph: Morph, is_ventricle: np.ndarray) -> torch.Tensor:
+    """Volume for each shift of the wall, measured by reading the template, and made to rise with the shift."""
+    mask = torch.from_numpy(is_ventricle)[template.labels.int()]
+    spacing = torch.tensor(template.spacing_mm)
+    margin = torch.ceil(12.0 / spacing).int()
+    where = mask.nonzero()
+    low = (where.amin(0) - margin).clamp_min(0)
+    high = torch.minimum(where.amax(0) + margin + 1, torch.tensor(mask.shape))
+    step = torch.clamp((1.0 / spacing).round().int(), min=1)
+    axes = [torch.arange(int(a), int(b), int(s), dtype=torch.float32) for a, b, s in zip(low, high, step, strict=True)]
+    voxel = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    position = (voxel - torch.tensor(template.center).view(3, 1, 1, 1)) * spacing.view(3, 1, 1, 1)
+    once = morph.offset(position, torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1, 1)) / spacing.view(3, 1, 1, 1)
+    limit = torch.tensor(mask.shape).view(3, 1, 1, 1) - 1
+    counts = []
+    for shift in REACH_MM.tolist():
+        at = torch.minimum((voxel + shift * once).round().clamp_min(0), limit).long()
+        counts.append(float(mask[at[0], at[1], at[2]].sum()))
+    volumes = torch.tensor(counts) / float(np.interp(0.0, REACH_MM.numpy(), np.array(counts)))
+    return torch.cummax(volumes, 0).values + 1e-6 * torch.arange(len(counts))
