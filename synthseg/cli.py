@@ -293,8 +293,8 @@ def generate(
             sheet.add(written.image, written.labels, written.table, f"{name}: {details}")
 
     if plan is not None and replay is not None:
-        export.check_plan_fits(plan, templates[0], replay)
-        export.write_sample(output, 0, templates[0], [plan], table or templates[0].table, torch_device, on_done)
+        fitting = export.fitting_template(plan, templates[0], replay)
+        export.write_sample(output, 0, fitting, [plan], table or fitting.table, torch_device, on_done)
     else:
         export.generate(wanted, templates, count, seed or 0, output, table, torch_device, on_done)
     if preview is not None:

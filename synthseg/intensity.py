@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 
 CT_WINDOW_HU = (-100.0, 150.0)
@@ -45,6 +48,8 @@ def fill_as_air(image: torch.Tensor) -> torch.Tensor:
 
 def finite(image: torch.Tensor) -> torch.Tensor:
     """The image with NaN and infinity as its smallest finite value (0 if it has none); the input is not modified."""
+    if bool(torch.isfinite(image.sum())):  # much faster than to look at every voxel; a large image may overflow
+        return image
     good = torch.isfinite(image)
     if bool(good.all()):
         return image
@@ -55,7 +60,7 @@ def finite(image: torch.Tensor) -> torch.Tensor:
 def _floor_and_foreground(image: torch.Tensor, low: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``low`` percentile of an image, and a sample of the voxels that are not background."""
     sample = _spread_sample(image.flatten())
-    floor = torch.quantile(sample, low)
+    floor = _quantile(sample, low)
     return floor, sample[sample > floor + 0.1 * (sample.mean() - floor)]
 
 
@@ -77,10 +82,20 @@ def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> tor
     if sample.numel() < 2:
         lower, upper = image.min(), image.max()
         return torch.zeros_like(image) if upper <= lower else (image - lower) / (upper - lower)
-    ceiling = torch.quantile(sample, high)
+    ceiling = _quantile(sample, high)
     if ceiling <= floor:
         return torch.zeros_like(image)
-    return ((image - floor) / (ceiling - floor)).clamp(0.0, 1.0)
+    return (image - floor).div_(ceiling - floor).clamp_(0.0, 1.0)
+
+
+def _quantile(sample: torch.Tensor, q: float) -> torch.Tensor:
+    """``torch.quantile`` of finite values, to the bit. On a CPU NumPy sorts several times faster."""
+    if sample.device.type != "cpu":
+        return torch.quantile(sample, q)
+    ordered = torch.from_numpy(np.sort(sample.numpy()))
+    rank = torch.tensor(q, dtype=sample.dtype) * (len(ordered) - 1)
+    below, above = int(rank.floor()), int(rank.ceil())
+    return torch.lerp(ordered[below], ordered[above], rank - below)
 
 
 def _spread_sample(values: torch.Tensor, most: int = 200_000) -> torch.Tensor:
@@ -88,5 +103,10 @@ def _spread_sample(values: torch.Tensor, most: int = 200_000) -> torch.Tensor:
     n = values.numel()
     if n <= most:
         return values
+    return values.index_select(0, _spread_index(n, most, values.device))
+
+
+@lru_cache(maxsize=4)
+def _spread_index(n: int, most: int, device: torch.device) -> torch.Tensor:
     fraction = (torch.arange(most, dtype=torch.float64, device="cpu") * 0.6180339887498949) % 1.0
-    return values[(fraction * n).long().to(values.device)]
+    return (fraction * n).long().to(device)

@@ -22,7 +22,7 @@ from synthseg.errors import LabelError
 from synthseg.paths import data_dir
 
 PARENCHYMA_TISSUES = frozenset(
-    {"gm", "wm", "cerebellar_gm", "brainstem", "lesion"}
+    {"gm", "wm", "cerebellar_gm", "brainstem", "lesion", "tumour", "oedema", "haemorrhage"}
     | {"thalamus", "pallidum", "putamen", "caudate", "accumbens", "amygdala", "hippocampus"}
 )
 BRAIN_TISSUES = PARENCHYMA_TISSUES | {"ventricle"}

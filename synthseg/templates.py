@@ -26,6 +26,11 @@ from synthseg.volume import IMAGE_SUFFIXES, Volume, canonical, image_stem, image
 
 DURA_ID, CSF_ID, BONE_IDS = 540, 24, (515, 516)
 DURA_THICKNESS_MM = 1.2
+# BrainWeb's grey and white matter -> their derived deep labels, and where deep is: left-right from the middle in brain
+# widths; front-back from the back, and down from the top, in brain lengths. Measured on maps that draw the nuclei.
+DEEP_OF = {2: 12, 3: 13}
+DEEP_BOX = (0.34, (0.31, 0.79), (0.21, 0.61))
+DEEP_STEM = (0.17, (0.30, 0.63), (0.36, 9.0))
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,25 @@ def add_dura(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     return np.where((data == CSF_ID) & (distance <= DURA_THICKNESS_MM), DURA_ID, data)
 
 
+def mark_deep(data: np.ndarray) -> np.ndarray:
+    """Relabel BrainWeb's grey and white matter around the deep nuclei and the brain stem; RAS+."""
+    found = ndimage.find_objects(np.isin(data, list(DEEP_OF)).astype(np.uint8))
+    if not found:
+        return data
+    (x, y, z), n = found[0], data.shape
+    width, length = x.stop - x.start, y.stop - y.start
+    across = np.abs(np.arange(n[0]) + 0.5 - (x.start + x.stop) / 2)[:, None, None] / width
+    ahead = (np.arange(n[1]) + 0.5 - y.start)[None, :, None] / length
+    down = (z.stop - np.arange(n[2]) - 0.5)[None, None, :] / length
+    deep = np.zeros(n, dtype=bool)
+    for half, (back, front), (top, bottom) in (DEEP_BOX, DEEP_STEM):
+        deep |= (across < half) & (ahead > back) & (ahead < front) & (down > top) & (down < bottom)
+    out = data.copy()
+    for label_id, deep_id in DEEP_OF.items():
+        out[deep & (data == label_id)] = deep_id
+    return out
+
+
 def _crop_to_head(data: np.ndarray, affine: np.ndarray, margin: int = 2) -> tuple[np.ndarray, np.ndarray]:
     box = ndimage.find_objects((data > 0).astype(np.uint8))[0]
     start = [max(s.start - margin, 0) for s in box]
@@ -203,6 +227,9 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
     if DURA_ID in table.index_of and not (data == DURA_ID).any():
         data = add_dura(data, np.array(volume.spacing_mm))
         derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
+    if table.name == "brainweb":
+        data = mark_deep(data)
+        derived |= {str(i): "around the deep nuclei and the brain stem (a box, not drawn)" for i in DEEP_OF.values()}
     data, affine = _crop_to_head(data, volume.affine)
     name = _template_name(file)
     own_scheme = Path(scheme) if scheme.endswith(".json") else None

@@ -92,7 +92,7 @@ def test_pairs_are_timed_and_counted(jobs: ModuleType) -> None:
 def test_every_stage_of_the_rendering_has_its_time_and_bytes(jobs: ModuleType) -> None:
     record = jobs.JOBS["stages"](JOB)
     stages = record["stages"]
-    for name in ("deform.coordinates", "deform.read_labels", "contrast.paint", "intensity.normalise"):
+    for name in ("deform.coordinates", "reading.read_points", "contrast.paint", "intensity.normalise"):
         assert stages[name]["seconds"] > 0
         assert stages[name]["one_pass_mb"] > 0
         assert stages[name]["moved_mb"] > 0
@@ -100,7 +100,7 @@ def test_every_stage_of_the_rendering_has_its_time_and_bytes(jobs: ModuleType) -
     assert sum(row["share"] for row in tops) == pytest.approx(1, abs=0.3)  # medians of parts, not parts of a median
     voxels = JOB["size"] ** 3
     # reads coordinates of 12 bytes and the label volume, writes a label
-    assert stages["deform.read_labels"]["one_pass_mb"] * 1e6 >= voxels * 13
+    assert stages["reading.read_points"]["one_pass_mb"] * 1e6 >= voxels * 13
     assert stages["intensity.normalise"]["one_pass_mb"] * 1e6 <= voxels * 8 + 100
     assert record["least_seconds"] < record["render_seconds"]
     assert record["copy_gb_per_second"] > 0.1

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ def test_generate_writes_images_labels_and_plans_that_replay(tmp_path: Path) -> 
     np.testing.assert_array_equal(again.get_fdata(), image.get_fdata())
 
 
+def test_generate_draws_anomalies_that_replay(tmp_path: Path) -> None:
+    chances = [f"anomalies.{kind}_probability=1" for kind in ("tumour", "lesion", "cavity")]
+    settings = [part for one in ["anomalies.probability=1", *chances] for part in ("--set", one)]
+    assert run(["generate", "-o", str(tmp_path / "a"), *SMALL, *settings]) == 0
+    assert run(["generate", "-o", str(tmp_path / "b"), "--replay", str(tmp_path / "a" / "0000_plan.json")]) == 0
+    plan = json.loads((tmp_path / "a" / "0000_plan.json").read_text())
+    assert plan["scheme"] == "head+anomalies"
+    assert {blob["kind"] for blob in plan["anomalies"]["blobs"]} >= {"tumour", "cavity"}
+    for kind in ("image", "label"):
+        first, again = (nib.load(tmp_path / run / f"0000_{kind}.nii.gz").get_fdata() for run in ("a", "b"))
+        np.testing.assert_array_equal(first, again)
+    assert first.max() < 1000  # anomalies are their host tissue
+    assert run(["generate", "-o", str(tmp_path / "c"), *SMALL, *settings, "--set", "anomalies.label=17"]) == 0
+    assert nib.load(tmp_path / "c" / "0000_label.nii.gz").get_fdata().max() > 9000
+
+
 def test_generate_can_write_the_ids_of_another_scheme(tmp_path: Path) -> None:
     assert run(["generate", "-o", str(tmp_path), "--scheme", "siam16", "--seed", "1", *SMALL]) == 0
     assert set(np.unique(nib.load(tmp_path / "0000_label.nii.gz").dataobj).tolist()) <= set(range(17))
@@ -91,6 +108,111 @@ def test_generate_refuses_to_replace_and_unknown_keys(tmp_path: Path, capsys: py
     assert run(["generate", "-o", str(tmp_path / "b"), "--replay", str(tmp_path / "text.json")]) == 2
     assert "text.json" in one_error(capsys)
     assert not (tmp_path / "b").exists()
+
+
+TINY_GRID = ["--set", "shape=[20, 24, 16]", "--set", "voxel_size_mm=8.0", "--set", "subsamples=1"]
+
+
+def test_generate_from_a_preset_draws_a_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a preset is found by name from any folder
+    sheet = tmp_path / "new" / "grid.png"
+    arguments = ["generate", "--preset", "siam", "--n", "3", "-o", "a", "--preview", str(sheet), *TINY_GRID]
+    assert run(arguments) == 0
+    assert json.loads(Path("a/0002_plan.json").read_text())["artefacts"]["profile"] in {"box", "gaussian"}
+    assert sorted(p.name for p in sheet.parent.iterdir()) == ["grid.png"]  # no temporary file is left
+    picture = matplotlib.image.imread(sheet)
+    assert picture.shape[2] >= 3
+    assert picture[..., :3].max() > 0.9
+    assert (picture[..., 0] != picture[..., 2]).any()  # the label maps are coloured
+
+
+def test_generate_with_views_numbers_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    views = ["--set", "views.severities=[0, 1, 0.5]", "--set", "views.perturbation_mm=5"]
+    views += ["--set", "shape=[32, 36, 28]", "--set", "voxel_size_mm=2.5", "--set", "subsamples=1"]
+    strip = ["--set", "artefacts.strip_probability=0", "--set", "artefacts.crop_probability=0"]
+    out = tmp_path / "a"
+    assert run(["generate", "-o", str(out), "--preview", str(tmp_path / "a.png"), *views, *strip]) == 0
+    kinds = ("image.nii.gz", "label.nii.gz", "plan.json")
+    expected = {f"0000_view{v}_{kind}" for v in range(3) for kind in kinds}
+    expected |= {f"0000_view{v}_displacement.nii.gz" for v in (1, 2)}
+    assert {p.name for p in out.iterdir()} == expected
+    plans = [json.loads((out / f"0000_view{v}_plan.json").read_text()) for v in range(3)]
+    assert [plan["severity"] for plan in plans] == [0.0, 1.0, 0.5]
+    assert len({json.dumps(plan["contrast"]["mean"]) for plan in plans}) == 3
+
+    vectors = nib.load(out / "0000_view1_displacement.nii.gz")
+    label = nib.load(out / "0000_view1_label.nii.gz")
+    assert vectors.shape == (32, 36, 28, 1, 3)
+    assert vectors.header.get_intent()[0] == "vector"
+    np.testing.assert_array_equal(vectors.affine, label.affine)
+    # The anatomy at p of view 1 is that at p + u(p) of view 0; the nearest voxel is right for most.
+    moved = np.asarray(vectors.dataobj)[..., 0, :] / 2.5 + np.stack(np.indices((32, 36, 28)), -1)
+    at = [moved[..., axis].round().astype(int).clip(0, n - 1) for axis, n in enumerate((32, 36, 28))]
+    first, second = (np.asarray(nib.load(out / f"0000_view{v}_label.nii.gz").dataobj) for v in (0, 1))
+    inner = (slice(4, -4),) * 3  # what comes in from outside the grid is not known
+    assert (first[tuple(at)] == second)[inner].mean() > 1.3 * (first == second)[inner].mean()
+
+    capsys.readouterr()
+    assert run(["generate", "-o", str(out), *views]) == 2
+    assert "0000_view0_image.nii.gz: exists already" in one_error(capsys)
+
+    # every view replays, and so does its displacement
+    again = tmp_path / "again"
+    plan = out / "0000_view1_plan.json"
+    assert run(["generate", "-o", str(again), "--replay", str(plan), "--preview", str(tmp_path / "b.png")]) == 0
+    assert {p.name for p in again.iterdir()} == {f"0000_{kind}" for kind in (*kinds, "displacement.nii.gz")}
+    for kind in ("image", "label", "displacement"):
+        one, two = (nib.load(p).get_fdata() for p in (out / f"0000_view1_{kind}.nii.gz", again / f"0000_{kind}.nii.gz"))
+        np.testing.assert_array_equal(one, two)
+    # without a displacement, an old one does not stay
+    plan = out / "0000_view0_plan.json"
+    assert run(["generate", "-o", str(again), "--replay", str(plan), "--overwrite"]) == 0
+    assert not (again / "0000_displacement.nii.gz").exists()
+
+
+def test_generate_refuses_options_that_contradict_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "-o", str(tmp_path / "a"), *SMALL]) == 0
+    capsys.readouterr()
+    plan, out, config = str(tmp_path / "a" / "0000_plan.json"), tmp_path / "b", tmp_path / "settings.yaml"
+    config.write_text("subsamples: 1\n")
+    (tmp_path / "there.png").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    for arguments, word in (
+        (["--replay", plan, "--n", "1"], "leave out --n"),
+        (["--replay", plan, "--seed", "0"], "leave out --seed"),
+        (["--replay", plan, "--config", str(config)], "leave out --config"),
+        (["--replay", plan, "--preset", "siam", "--n", "2"], "leave out --preset, --n"),
+        (["--replay", plan, "--set", "subsamples=1"], "leave out --set"),
+        (["--preset", "siam", "--config", str(config)], "give one of them"),
+        (["--preset", "brainid"], "no preset 'brainid'; presets that ship: brain-id, "),
+        (["--preview", str(tmp_path / "grid.jpg")], "end its name in .png"),
+        (["--preview", str(tmp_path / "there.png")], "exists already"),
+        (["--preview", str(tmp_path / "file" / "grid.png")], "is not a folder"),
+    ):
+        assert run(["generate", "-o", str(out), *arguments]) == 2
+        assert word in one_error(capsys)
+        assert not out.exists()
+    assert run(["generate"]) == 2  # the folder has no default
+    assert "--output" in one_error(capsys)
+
+
+def test_the_preview_replaces_another_only_if_told_to(tmp_path: Path) -> None:
+    sheet = tmp_path / "grid.png"
+    sheet.write_bytes(b"old")
+    arguments = ["generate", "-o", str(tmp_path / "a"), "--preview", str(sheet), *TINY_GRID]
+    assert run(arguments) == 2
+    assert sheet.read_bytes() == b"old"
+    assert run([*arguments, "--overwrite"]) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_info_command_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info"]) == 0
+    listed = re.search(r"^presets: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert listed is not None
+    assert listed.group(1).split(", ") == ["brain-id", "ct", "flair", "infant", "siam", "synthseg", "t1", "t2"]
 
 
 def test_templates_check_names_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synthseg.intensity import fill_as_air, looks_like_hounsfield, normalise
+from synthseg.intensity import fill_as_air, finite, foreground, looks_like_hounsfield, normalise
 
 
 def scan(air: float = 0.0, tissue: float = 100.0, bright: float = 200.0, noise: float = 3.0) -> torch.Tensor:
@@ -142,6 +142,52 @@ def test_large_images_are_sampled_the_same_way() -> None:
 def test_tiny_images(shape: tuple[int, ...]) -> None:
     out = normalise(torch.arange(float(np.prod(shape))).reshape(shape))
     assert torch.isfinite(out).all()
+
+
+def plain_normalise(image: torch.Tensor) -> torch.Tensor:
+    """The definition: every voxel looked at, torch's quantiles, nothing in place."""
+    good = torch.isfinite(image)
+    image = torch.where(good, image, image[good].min())
+    values = image.flatten()
+    if values.numel() > 200_000:
+        fraction = (torch.arange(200_000, dtype=torch.float64) * 0.6180339887498949) % 1.0
+        values = values[(fraction * image.numel()).long()]
+    floor = torch.quantile(values, 0.01)
+    values = values[values > floor + 0.1 * (values.mean() - floor)]
+    ceiling = torch.quantile(values, 0.99)
+    return ((image - floor) / (ceiling - floor)).clamp(0.0, 1.0)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(4, 5, 3), (31, 17, 23), (70, 61, 83)])
+def test_shortcuts_do_not_change_a_bit(shape: tuple[int, int, int], bad: float) -> None:
+    for seed, scale in enumerate((1.0, 700.0, 1e-4)):
+        image = scale * torch.randn(shape, generator=torch.manual_seed(seed)).exp()
+        image[:1, :2] = bad
+        image[-1, -1, -1] = -bad
+        before = image.clone()
+        assert torch.equal(normalise(image), plain_normalise(image))
+        assert torch.equal(normalise(image), plain_normalise(image))  # what is kept from call to call is right
+        torch.testing.assert_close(image, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_quantiles_are_those_of_torch() -> None:
+    for n in (2, 3, 100, 101, 4567):
+        image = torch.rand(n, generator=torch.manual_seed(n))
+        floor = torch.quantile(image, 0.01)
+        inside = image[image > floor + 0.1 * (image.mean() - floor)]
+        assert foreground(image) == (float(floor), float(inside.median()))
+
+
+def test_a_sum_beyond_the_largest_number_is_not_taken_for_infinity() -> None:
+    image = torch.full((10, 10, 10), 3e38)
+    image[0] = -3e38
+    assert torch.isinf(image[1:].sum())
+    assert torch.equal(finite(image), image)
+    assert torch.equal(finite(image[1:]), image[1:])
+    both = torch.zeros(4, 5, 6)
+    both[0, 0, 0], both[1, 1, 1] = float("inf"), float("-inf")
+    assert torch.isfinite(finite(both)).all()
 
 
 # ---------------------------------------------------------------- fill values

@@ -138,16 +138,17 @@ def test_brainweb_cannot_tell_deep_nuclei_apart() -> None:
     # the ids of the discrete BrainWeb phantoms (Aubert-Broche et al. 2006)
     assert brainweb.names == [
         *("Background", "CSF", "GM", "WM", "Fat", "Muscle", "Muscle-Skin"),
-        *("Skull", "Vessels", "Around-Fat", "Dura", "Bone-Marrow"),
+        *("Skull", "Vessels", "Around-Fat", "Dura", "Bone-Marrow", "Deep-GM", "Deep-WM"),
     ]
     groups = {
         name: {siam.names[c] for c in np.flatnonzero(row)}
         for name, row in zip(brainweb.names, brainweb.groups(siam), strict=True)
     }
     assert groups["CSF"] == {"CSF", "Ventricular-CSF"}
-    assert {"GM", "Cerebellar-GM", "Caudate", "Hippocampus", "Amygdala", "Accumbens"} <= groups["GM"]
-    assert "WM" in groups["WM"]
-    assert "GM" not in groups["WM"]
+    assert groups["GM"] == {"GM", "Cerebellar-GM"}
+    assert groups["WM"] == {"WM"}
+    deep = {"Thalamus", "Pallidum", "Putamen", "Caudate", "Accumbens", "Amygdala", "Hippocampus"}
+    assert groups["Deep-GM"] == groups["Deep-WM"] == deep | {"GM", "WM", "Cerebellar-GM"}
     assert groups["Skull"] == groups["Bone-Marrow"] == {"Skull"}
     assert groups["Dura"] == {"Dura"}
     assert groups["Vessels"] == {"Vessels"}

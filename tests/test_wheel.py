@@ -16,7 +16,7 @@ from pathlib import Path
 from synthseg.labels import available_schemes
 from synthseg.networks.checkpoint import load_model, shipped_models
 from synthseg.templates import load_template, shipped_templates
-from synthseg.config import TrainConfig, load_yaml
+from synthseg.config import TrainConfig, generator_config, load_yaml, shipped_presets
 from synthseg.paths import data_dir
 print(json.dumps({
     "where": str(Path(synthseg.__file__).parent),
@@ -24,6 +24,7 @@ print(json.dumps({
     "models": {name: len(load_model(name).labels) for name in shipped_models()},
     "templates": {name: len(load_template(name).table) for name in shipped_templates()},
     "recipe": load_yaml(TrainConfig, "phantom").name,
+    "presets": {name: generator_config(None, preset=name).subsamples for name in shipped_presets()},
     "sample": (data_dir("samples") / "colin27_t1.nii.gz").is_file(),
 }))
 """
@@ -56,6 +57,8 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     assert found["models"] == {"siam16": 17}
     assert found["templates"] == {"phantom": 55}
     assert found["recipe"] == "phantom"
+    eight = dict.fromkeys(("brain-id", "ct", "flair", "infant", "siam", "t1", "t2"), 8)
+    assert found["presets"] == {"synthseg": 1} | eight
     assert found["sample"]
 
 

@@ -1,6 +1,7 @@
 """Configuration: pydantic models, YAML in, YAML out."""
 
 from synthseg.config.anatomy import AnatomyConfig
+from synthseg.config.anomalies import AnomalyConfig
 from synthseg.config.artefacts import ArtefactConfig
 from synthseg.config.base import Section, load_yaml, parse, read_yaml, set_by_path, to_yaml
 from synthseg.config.contrast import ContrastConfig
@@ -11,6 +12,7 @@ from synthseg.config.views import ViewsConfig
 
 __all__ = [
     "AnatomyConfig",
+    "AnomalyConfig",
     "ArtefactConfig",
     "ContrastConfig",
     "DeformConfig",

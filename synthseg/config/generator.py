@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from synthseg.config.anatomy import AnatomyConfig
+from synthseg.config.anomalies import AnomalyConfig
 from synthseg.config.artefacts import ArtefactConfig
 from synthseg.config.base import (
     Section,
@@ -32,6 +33,7 @@ class GeneratorConfig(Section):
     shape: Triple = Field((80, 96, 80), description="voxels of the rendered patch, RAS+")
     subsamples: Literal[1, 2, 4, 8] = Field(8, description="points per voxel that are averaged (partial volume)")
     anatomy: AnatomyConfig = AnatomyConfig()
+    anomalies: AnomalyConfig = AnomalyConfig()
     deform: DeformConfig = DeformConfig()
     contrast: ContrastConfig = ContrastConfig()
     artefacts: ArtefactConfig = ArtefactConfig()

@@ -6,7 +6,7 @@ Per-label Gaussians follow SynthSeg (Billot et al. 2023); averaging a finer samp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import Field
@@ -28,12 +28,11 @@ from synthseg.generator.means import (
     tie_touching,
 )
 from synthseg.generator.physics import sample_physics
+from synthseg.generator.reading import Reading
 from synthseg.generator.texture import Clusters, Octaves
 from synthseg.labels import BRAIN_TISSUES, LabelTable
 
 __all__ = ["LOOK_ALIKES", "ContrastPlan", "named_contrasts", "paint", "sample_contrast"]
-
-CHUNK = 2**16  # voxels that are looked up at once on a CPU: their tables and sums stay in its cache
 
 
 class ContrastPlan(Record):
@@ -147,9 +146,9 @@ def _ties_and_inversion(
     return means, parts
 
 
-def paint(samples: Sequence[torch.Tensor], plan: ContrastPlan) -> torch.Tensor:
-    """Image (D, H, W) from the labels read at several points of each voxel, each (D, H, W) of table indices."""
-    device, shape = samples[0].device, samples[0].shape
+def paint(reading: Reading, plan: ContrastPlan) -> torch.Tensor:
+    """Image (D, H, W) from the labels, indices of a table, that are read at the points of each voxel."""
+    device, shape = reading.middle.device, reading.middle.shape
     visible = torch.tensor(plan.visible, dtype=torch.float32, device=device)
     air = plan.mean[0]
     mean = torch.tensor(plan.mean, device=device) * visible + air * (1 - visible)
@@ -162,29 +161,38 @@ def paint(samples: Sequence[torch.Tensor], plan: ContrastPlan) -> torch.Tensor:
         n = len(plan.mean)
         small = torch.uint8 if texture.REGIONS * n <= 256 else torch.int32
         region = texture.regions(plan.clusters, shape, device).to(small).mul_(n).flatten()
-    total = _average(samples, region, (mean, std, rough)).view(3, *shape)
     noise = torch.randn(shape, generator=torch.Generator(device=device).manual_seed(plan.noise_seed), device=device)
     if plan.octaves is not None:
         rise = texture.octaves(plan.octaves, shape, device)
     else:
         rise = resize(plan.texture.tensor(device)[None], shape)[0, 0]
-    image = total[0].addcmul_(total[1], noise).addcmul_(total[2], rise)
+    image = torch.empty(shape, device=device)
+    flat, noise, rise = image.view(-1), noise.view(-1), rise.view(-1)
+    for part, level, spread, roughness in _average(reading, region, (mean, std, rough)):
+        torch.addcmul(level, spread, noise[part], out=flat[part]).addcmul_(roughness, rise[part])
     return image if plan.ct is None else hounsfield.finish(image, plan.ct)
 
 
 def _average(
-    samples: Sequence[torch.Tensor], region: torch.Tensor | None, tables: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The mean over the samples of ``table[region + label]`` for each table, float32 (len(tables), voxels)."""
-    labels = [sample.flatten() for sample in samples]
-    n, device = labels[0].numel(), labels[0].device
-    total = torch.zeros((len(tables), n), device=device)
-    weight = 1.0 / len(samples)
-    chunk = CHUNK if device.type == "cpu" else n
-    for start in range(0, n, max(chunk, 1)):
-        part = slice(start, start + chunk)
-        for flat in labels:
-            index = flat[part].int() if region is None else (region[part] + flat[part]).int()
-            for channel, table in enumerate(tables):
-                total[channel, part].add_(torch.index_select(table, 0, index), alpha=weight)
+    reading: Reading, region: torch.Tensor | None, tables: Sequence[torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The mean over the points of ``table[region + label]`` for each of three tables, float32, slab by slab."""
+    count = len(reading.points)
+    pure = [_mean([table] * count) for table in tables]  # summed as in a mixed voxel: no rounding tells them apart
+    labels = reading.middle.view(-1)
+    for part, some in reading.slabs():
+        middle, points, mixed = labels[part], reading.points[:, some], reading.mixed[some]
+        if region is not None:
+            middle, points = middle + region[part], points + region[mixed]
+        index, indices = middle.int(), points.int()
+        means = [torch.index_select(table, 0, index) for table in pure]
+        for mean, table in zip(means, tables, strict=True):
+            mean.index_copy_(0, mixed - part.start, _mean([torch.index_select(table, 0, row) for row in indices]))
+        yield part, means[0], means[1], means[2]
+
+
+def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros_like(values[0])
+    for value in values:
+        total.add_(value, alpha=1.0 / len(values))
     return total

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from synthseg.generator.deform import resize
 from synthseg.generator.draw import Record
-from synthseg.generator.texture import upsample
 from synthseg.volume import apply_separable, centred_matrix
 
 MU_WATER_PER_MM = 0.0195  # at the effective energy of 120 kV, about 70 keV (Hubbell and Seltzer, NIST 2004)
@@ -79,7 +79,7 @@ def beam_hardening(hu: torch.Tensor, plan: BeamHardening, extent_mm: Sequence[fl
     forward, back = (m.to(hu) for m in projector((d, h), (extent_mm[0] / d, extent_mm[1] / h)))
     path = forward @ coarse.reshape(d * h, w)
     error = back @ (-plan.strength * path**2)
-    return upsample((error * (1000 / MU_WATER_PER_MM)).reshape(1, d, h, w), hu.shape)[0]
+    return resize((error * (1000 / MU_WATER_PER_MM)).reshape(1, 1, d, h, w), hu.shape)[0, 0]
 
 
 def add_headrest(hu: torch.Tensor, plan: Headrest, extent_mm: Sequence[float]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from synthseg import rng
 from synthseg.config import GeneratorConfig
 from synthseg.errors import ConfigError, OutputError, TemplateError
+from synthseg.generator.anomalies import for_plan, with_anomalies
 from synthseg.generator.plan import Plan
 from synthseg.generator.views import render_views, sample_views
 from synthseg.labels import LabelTable
@@ -109,6 +110,7 @@ def generate(
     on_done: Callable[[Written], None] = lambda written: None,
 ) -> None:
     """Write samples 0 to count - 1, each from a template drawn at random; with views, several images of each."""
+    templates = [with_anomalies(template, config.anomalies) for template in templates]
     for number in range(count):
         which = int(torch.randint(len(templates), (), generator=rng.generator(seed, number, "template")))
         template = templates[which]
@@ -127,10 +129,12 @@ def load_plan(file: Path) -> Plan:
         raise ConfigError(f"{file}: is not a Plan ({first}); give a *_plan.json of 'generate'") from None
 
 
-def check_plan_fits(plan: Plan, template: Template, file: Path) -> None:
-    """Raise TemplateError unless the Plan was drawn for this kind of template."""
+def fitting_template(plan: Plan, template: Template, file: Path) -> Template:
+    """The template with the labels that the Plan was drawn for. Raises TemplateError if it is of another kind."""
+    template = for_plan(template, plan.scheme, plan.anomalies)
     if plan.scheme != template.table.name or len(plan.contrast.mean) != len(template.table):
         raise TemplateError(
             f"{file}: was made with scheme '{plan.scheme}' ({len(plan.contrast.mean)} labels), but template "
             f"{template.name} has '{template.table.name}' ({len(template.table)}); name its own with --template"
         )
+    return template

@@ -10,6 +10,7 @@ from __future__ import annotations
 from synthseg import rng
 from synthseg.config import GeneratorConfig
 from synthseg.generator.anatomy import AnatomyPlan, sample_anatomy
+from synthseg.generator.anomalies import AnomalyPlan, sample_anomalies
 from synthseg.generator.artefacts import ArtefactPlan, sample_artefacts
 from synthseg.generator.contrast import ContrastPlan, sample_contrast
 from synthseg.generator.deform import DeformPlan, sample_deform
@@ -28,6 +29,7 @@ class Plan(Record):
     shape: tuple[int, int, int]
     subsamples: int
     anatomy: AnatomyPlan | None = None
+    anomalies: AnomalyPlan | None = None
     deform: DeformPlan
     contrast: ContrastPlan
     artefacts: ArtefactPlan
@@ -57,6 +59,7 @@ def sample_plan(
         shape=config.shape,
         subsamples=config.subsamples,
         anatomy=sample_anatomy(config.anatomy, table, draw("anatomy")),
+        anomalies=sample_anomalies(config.anomalies, table, draw("anomalies")),
         deform=sample_deform(config.deform, extent, draw("deform")),
         contrast=contrast,
         artefacts=sample_artefacts(

@@ -10,45 +10,53 @@ from functools import partial
 
 import torch
 
-from synthseg.generator import anatomy, artefacts, contrast, deform
+from synthseg.generator import anatomy, anomalies, artefacts, contrast, deform
+from synthseg.generator.artefacts.scanner import stacked
+from synthseg.generator.artefacts.storage import placed
 from synthseg.generator.plan import Plan
+from synthseg.generator.reading import Reading, read_points, rename, subsample_offsets
 from synthseg.intensity import normalise
 from synthseg.templates import Template
 
 
-def read_anatomy(
-    template: Template, plan: Plan, device: torch.device | str = "cpu"
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Labels at the points of each voxel, ``subsamples`` times uint8 (D, H, W), and at the voxel centres."""
-    volume = template.labels
+def read_anatomy(template: Template, plan: Plan, device: torch.device | str = "cpu") -> tuple[Reading, torch.Tensor]:
+    """Labels to paint at the points of each voxel, and labels of the target at the voxel centres, uint8 (D, H, W)."""
+    truth = template.labels
     displacements: list[Callable[[torch.Tensor], torch.Tensor] | None] = [None]
     if plan.anatomy is not None:
-        volume = anatomy.change_labels(template, plan.anatomy)
+        truth = anatomy.change_labels(template, plan.anatomy)
         if anatomy.moves(plan.anatomy):
             displacements = [partial(anatomy.displacement, template, plan.anatomy)]
         if anatomy.moves_brain(plan.anatomy):
             displacements.append(partial(anatomy.displacement, template, plan.anatomy, brain=True))
-    volume = volume.to(device)
+    painted = truth
+    if plan.anomalies is not None:
+        painted = anomalies.paint_anomalies(template, truth, plan.anomalies)
+        truth = painted if plan.anomalies.label is not None else truth
+    same = painted is truth
+    painted = painted.to(device)
+    truth = painted if same else truth.to(device)
     d = plan.deform
     step = torch.tensor(d.matrix) * plan.voxel_size_mm / torch.tensor(template.spacing_mm)[:, None]
     if d.flip:
         step[0] = -step[0]
-    offsets = list(deform.subsample_offsets(plan.subsamples) @ step.T)
-    if plan.subsamples > 1:
-        offsets.append(torch.zeros(3))
+    reads = [(painted, subsample_offsets(plan.subsamples) @ step.T)]
+    if painted is not truth:
+        reads.append((truth, torch.zeros((1, 3))))
     layers = []
     for displacement in displacements:
         coords = deform.coordinates(
             d, plan.shape, plan.voxel_size_mm, template.center, template.spacing_mm, device, displacement
         )
-        layers.append([deform.read_labels(volume, coords, offset) for offset in offsets])
-    samples = layers[0]
+        layers.append([read_points(volume, coords, offsets) for volume, offsets in reads])
+    readings = layers[0]
     if len(layers) == 2:
-        samples = [anatomy.brain_in_skull(head, brain, template.table) for head, brain in zip(*layers, strict=True)]
+        in_skull = partial(anatomy.brain_in_skull, table=template.table)
+        readings = [head.over(brain, in_skull) for head, brain in zip(*layers, strict=True)]
     if d.flip:
         swap = torch.from_numpy(template.table.flip).to(device=device, dtype=torch.uint8)
-        samples = [swap[s.int()] for s in samples]
-    return (samples[:-1] if plan.subsamples > 1 else samples), samples[-1]
+        readings = [reading.renamed(swap) for reading in readings]
+    return readings[0], readings[-1].middle
 
 
 def render(
@@ -61,21 +69,22 @@ def render(
     """
     images, targets = [], []
     for template, plan in zip(templates, plans, strict=True):
-        samples, middle = read_anatomy(template, plan, device)
-        images.append(contrast.paint(samples, plan.contrast)[None])
-        hidden = ~torch.tensor(plan.contrast.visible, device=device)
-        targets.append(middle.masked_fill(hidden[middle.int()], 0))
-    image, labels = torch.stack(images), torch.stack(targets)
-    image, labels, seen = artefacts.corrupt(
-        image.clamp_min(0),
-        labels,
+        reading, target = read_anatomy(template, plan, device)
+        images.append(contrast.paint(reading, plan.contrast)[None])
+        if not all(plan.contrast.visible):
+            shown = [index if visible else 0 for index, visible in enumerate(plan.contrast.visible)]
+            target = rename(target, torch.tensor(shown, dtype=torch.uint8, device=device))
+        targets.append(target)
+    image, labels, boxes = artefacts.corrupt(
+        stacked(images).clamp_min_(0),
+        stacked(targets),
         [template.table for template in templates],
         [plan.artefacts for plan in plans],
         plans[0].voxel_size_mm,
     )
-    result = torch.zeros_like(image)
-    for b, plan in enumerate(plans):
+    scans = []
+    for scan, target, plan, box in zip(image[:, 0], labels, plans, boxes, strict=True):
         if not all(plan.contrast.visible):  # stripping comes after the acquisition: exact zeros around the brain
-            image[b, 0].masked_fill_(labels[b] == 0, 0.0)
-        result[b][seen[b]] = normalise(image[b][seen[b]])  # what the scan does not cover has no say
-    return result, labels
+            scan.masked_fill_(target == 0, 0.0)
+        scans.append(placed(normalise(scan[box]), box, scan.shape)[None])  # what the scan does not cover has no say
+    return stacked(scans), labels

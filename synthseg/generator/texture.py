@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from synthseg.config import ContrastConfig
+from synthseg.generator.deform import resize
 from synthseg.generator.draw import Draw, Field3D, Record
 from synthseg.labels import INTRACRANIAL_TISSUES
-from synthseg.volume import apply_separable, resampling_matrix
 
 REGIONS = 4  # two fields, each above or below its level
 
@@ -72,7 +72,7 @@ def sample_clusters(
 
 def regions(plan: Clusters, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
     """The region of every voxel, 0 to 3, uint8 (D, H, W)."""
-    fields = upsample(plan.fields.tensor(device), shape)
+    fields = resize(plan.fields.tensor(device)[None], shape)[0]
     first, second = fields[0] > plan.level[0], fields[1] > plan.level[1]
     return first.to(torch.uint8).mul_(2).add_(second)
 
@@ -97,15 +97,6 @@ def octaves(plan: Octaves, shape: Sequence[int], device: torch.device | str = "c
         lattice = [
             max(1, min(n, math.ceil(extent / spacing) + 1)) for n, extent in zip(shape, plan.extent_mm, strict=True)
         ]
-        noise = weight * torch.randn((1, *lattice), generator=source)
-        total = noise if total.ndim == 0 else noise + upsample(total, lattice)
-    return upsample(total.to(device), shape)[0]
-
-
-def upsample(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Trilinear resize of (C, D, H, W) with the corner points kept in place: one small matrix per axis."""
-    matrices = []
-    for n_in, n_out in zip(field.shape[1:], shape, strict=True):
-        step = (n_in - 1) / (n_out - 1) if n_in > 1 and n_out > 1 else 1.0
-        matrices.append(resampling_matrix(n_in, n_out, 1.0, min(step, 1.0), 0.0).to(field))
-    return apply_separable(field, matrices)
+        noise = weight * torch.randn((1, 1, *lattice), generator=source)
+        total = noise if total.ndim == 0 else noise + resize(total, lattice)
+    return resize(total.to(device), shape)[0, 0]

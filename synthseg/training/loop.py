@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from synthseg import __version__, rng
 from synthseg.config import TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
+from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.contrast import named_contrasts
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import (
@@ -101,7 +102,8 @@ class Trainer:
         self.config = config
         self.folder = folder
         self.target = load_scheme(config.scheme)
-        self.templates = [load_template(path) for path in expand(config.templates)]
+        anomalies = config.generator.anomalies
+        self.templates = [with_anomalies(load_template(path), anomalies) for path in expand(config.templates)]
         self.held_out = [load_template(path) for path in expand(config.validation_templates)]
         shared = {t.name for t in self.templates} & {t.name for t in self.held_out}
         if shared:

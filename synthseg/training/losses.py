@@ -33,7 +33,9 @@ def dice_and_cross_entropy(
     -------
     1 - mean soft Dice (Milletari et al., 3DV 2016) over the groups that share no class with another and are present
     (background left out), mean cross-entropy over all voxels, and the soft Dice of every group (NaN where not scored).
-    A group that overlaps another has no well-defined false positives, so it enters by cross-entropy alone.
+    A group that holds all classes of another ("any tissue of the brain") says too little: its voxels are left out of
+    every Dice. One that overlaps another in part has no well-defined false positives. Both count in the cross-entropy
+    alone.
     """
     log_p = group_log_probabilities(logits.flatten(1), groups)
     index = target.flatten().long()
@@ -42,8 +44,15 @@ def dice_and_cross_entropy(
     n_groups = len(groups)
     counts = torch.bincount(index, minlength=n_groups).to(log_p.dtype)
     overlap = torch.zeros(n_groups, dtype=log_p.dtype, device=log_p.device).scatter_add(0, index, picked.exp())
-    dice = (2 * overlap + smooth) / (log_p.exp().sum(1) + counts + smooth)
-    alone = (groups.float() @ groups.float().T).count_nonzero(1) == 1
+    shared = groups.float() @ groups.float().T
+    vague = ((shared == groups.sum(1)) & ~torch.eye(n_groups, dtype=torch.bool, device=groups.device)).any(1)
+    if bool(vague.any()):
+        told = (~vague)[index].to(log_p.dtype)
+        predicted = log_p.exp() @ told
+    else:
+        predicted = log_p.exp().sum(1)
+    dice = (2 * overlap + smooth) / (predicted + counts + smooth)
+    alone = ~vague & (shared[:, ~vague].count_nonzero(1) == 1)
     scored = alone & (counts > 0)
     scored[0] = False
     dice_loss = 1 - dice[scored].mean() if bool(scored.any()) else logits.sum() * 0.0

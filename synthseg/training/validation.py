@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from synthseg.config import AnatomyConfig, GeneratorConfig, TrainConfig
+from synthseg.config import AnatomyConfig, AnomalyConfig, GeneratorConfig, TrainConfig
 from synthseg.config.artefacts import MaskingConfig, ModesConfig
 from synthseg.errors import ConfigError
 from synthseg.generator.plan import sample_plan
@@ -37,7 +37,9 @@ def whole_head(config: GeneratorConfig, contrast: str) -> GeneratorConfig:
         }
     )
     only = config.contrast.only("random" if contrast.startswith("random") else contrast)
-    return config.model_copy(update={"anatomy": AnatomyConfig(), "contrast": only, "artefacts": quiet})
+    return config.model_copy(
+        update={"anatomy": AnatomyConfig(), "anomalies": AnomalyConfig(), "contrast": only, "artefacts": quiet}
+    )
 
 
 def validation_table(

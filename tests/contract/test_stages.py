@@ -19,10 +19,11 @@ from synthseg.generator.artefacts.slices import SlicesPlan
 from synthseg.generator.artefacts.storage import StoredPlan, WrapPlan
 from synthseg.generator.contrast import ContrastPlan, paint
 from synthseg.generator.ct_scanner import BeamHardening, Headrest
-from synthseg.generator.deform import DeformPlan, coordinates, exponential, read_labels
+from synthseg.generator.deform import DeformPlan, coordinates, exponential
 from synthseg.generator.draw import Field3D
 from synthseg.generator.hounsfield import CTPlan, finish
 from synthseg.generator.plan import sample_plan
+from synthseg.generator.reading import Reading, read_labels, read_points
 from synthseg.generator.synthesis import render
 from synthseg.generator.texture import Clusters, Octaves
 from synthseg.labels import load_scheme
@@ -299,22 +300,22 @@ def test_paint_keeps_shape_and_device_and_does_not_modify(paints: Any, device: t
     before = labels.clone()
     torch.manual_seed(1)
     plan = contrast_plan(6, 0.1, 0.1, **paints[0])
-    out = paint([labels, labels.flip(0)], plan)
+    out = paint(Reading.of([labels, labels.flip(0)]), plan)
     assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.float32, device.type)
     assert torch.equal(labels, before)
     torch.manual_seed(2)  # the global state plays no part
     again = ContrastPlan.model_validate_json(plan.model_dump_json())
-    assert torch.equal(paint([labels, labels.flip(0)], again), out)
+    assert torch.equal(paint(Reading.of([labels, labels.flip(0)]), again), out)
 
 
 def test_paint_of_strength_zero_is_a_lookup(paints: Any, device: torch.device) -> None:
     labels = some_labels(device)
-    out = paint([labels], contrast_plan(6, 0.0, 0.0, **paints[1]))
+    out = paint(Reading.of([labels]), contrast_plan(6, 0.0, 0.0, **paints[1]))
     np.testing.assert_allclose(out.cpu().numpy(), 0.1 * labels.cpu().numpy(), atol=1e-7)
-    assert not torch.equal(out, paint([labels], contrast_plan(6, 0.1, 0.0)))
-    assert not torch.equal(out, paint([labels], contrast_plan(6, 0.0, 0.1)))
+    assert not torch.equal(out, paint(Reading.of([labels]), contrast_plan(6, 0.1, 0.0)))
+    assert not torch.equal(out, paint(Reading.of([labels]), contrast_plan(6, 0.0, 0.1)))
     if paints[0]:
-        assert not torch.equal(out, paint([labels], contrast_plan(6, 0.0, 0.1, **paints[0])))
+        assert not torch.equal(out, paint(Reading.of([labels]), contrast_plan(6, 0.0, 0.1, **paints[0])))
 
 
 CT_STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -362,7 +363,9 @@ def test_velocity_and_labels_are_not_modified(device: torch.device) -> None:
     labels, coords = some_labels(device), torch.from_numpy(np.indices(SHAPE)).float().to(device) + 0.3
     kept = [x.clone() for x in (velocity, labels, coords)]
     exponential(velocity, (4.0, 5.0, 6.0))
-    out = read_labels(labels, coords, torch.tensor([0.1, 0.0, -0.1]))
+    out = read_labels(labels, coords, (0.1, 0.0, -0.1))
+    assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.uint8, device.type)
+    out = read_points(labels, coords, 0.2 * torch.eye(3)).middle
     assert (out.shape, out.dtype, out.device.type) == (SHAPE, torch.uint8, device.type)
     assert all(torch.equal(a, b) for a, b in zip(kept, (velocity, labels, coords), strict=True))
 

@@ -334,11 +334,14 @@ def test_corrupt_covers_and_hides_consistently() -> None:
     image = torch.full((1, 1, 30, 35, 40), 0.5)
     before = image.clone(), labels.clone()
     for plan in draws(ALL | {"noise_probability": 0.0, "modes": {"photo_probability": 0.2}}, 12):
-        out, shown, seen = corrupt(image, labels, [table], [plan], 2.0)
+        out, shown, boxes = corrupt(image, labels, [table], [plan], 2.0)
         assert torch.isfinite(out).all()
         assert out.min() >= 0
         assert out.shape == image.shape
-        assert (shown[~seen[:, 0]] == 0).all()
+        seen = torch.zeros_like(labels, dtype=torch.bool)
+        seen[0][boxes[0]] = True
+        assert torch.equal(seen, field_of_view(image, [plan])[:, 0])
+        assert (shown[~seen] == 0).all()
         assert ((shown == labels) | (shown == 0)).all()
     assert torch.equal(image, before[0])
     assert torch.equal(labels, before[1])

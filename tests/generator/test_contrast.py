@@ -9,14 +9,15 @@ import torch
 from synthseg import rng
 from synthseg.config import ContrastConfig, GeneratorConfig, parse
 from synthseg.errors import ConfigError
-from synthseg.generator import contrast, texture
+from synthseg.generator import reading, texture
 from synthseg.generator.contrast import ContrastPlan, named_contrasts, paint, sample_contrast
 from synthseg.generator.deform import resize
 from synthseg.generator.draw import Draw, Field3D
 from synthseg.generator.means import TOUCHING
 from synthseg.generator.plan import Plan, sample_plan
+from synthseg.generator.reading import Reading
 from synthseg.generator.synthesis import render
-from synthseg.generator.texture import Clusters, Octaves, octaves, regions, upsample
+from synthseg.generator.texture import Clusters, Octaves, octaves, regions
 from synthseg.labels import INTRACRANIAL_TISSUES, LabelTable, load_scheme
 from synthseg.templates import Template
 
@@ -68,10 +69,10 @@ def test_the_result_does_not_depend_on_how_many_voxels_are_looked_up_at_once(
 ) -> None:
     plan = sample(head, 3, cluster_probability=1.0)
     labels = [torch.randint(0, len(head), SHAPE, generator=torch.manual_seed(i), dtype=torch.uint8) for i in range(4)]
-    whole = paint(labels, plan)
-    for chunk in (1000, 4097, 10**9):
-        monkeypatch.setattr(contrast, "CHUNK", chunk)
-        assert torch.equal(paint(labels, plan), whole)
+    whole = paint(Reading.of(labels), plan)
+    for slab in (1000, 4097, 10**9):
+        monkeypatch.setattr(reading, "SLAB", slab)
+        assert torch.equal(paint(Reading.of(labels), plan), whole)
 
 
 # ---------------------------------------------------------------- patches
@@ -99,7 +100,7 @@ def test_patches_are_one_lookup_of_label_and_region() -> None:
     table = 0.01 * torch.randn((4, 6), generator=torch.manual_seed(1))
     clusters = patches(6, tuple(map(tuple, table.tolist())))
     labels = [blocks(), blocks().flip(0)]
-    image = paint(labels, plain(6, clusters=clusters))
+    image = paint(Reading.of(labels), plain(6, clusters=clusters))
     where = regions(clusters, SHAPE)
     expected = sum(0.1 * x.float() + table[where.long(), x.long()] for x in labels) / 2
     torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
@@ -117,9 +118,9 @@ def test_regions_are_where_the_fields_pass_their_level() -> None:
 
 def test_hidden_labels_have_no_patches() -> None:
     clusters = patches(2, ((0.0, 0.3), (0.0, -0.3), (0.0, 0.2), (0.0, -0.1)))
-    hidden = paint([blocks(2)], plain(2, clusters=clusters, visible=(True, False), mean=(0.2, 0.9)))
+    hidden = paint(Reading.of([blocks(2)]), plain(2, clusters=clusters, visible=(True, False), mean=(0.2, 0.9)))
     np.testing.assert_allclose(hidden, 0.2, atol=1e-7)
-    shown = paint([blocks(2)], plain(2, clusters=clusters, mean=(0.2, 0.9)))
+    shown = paint(Reading.of([blocks(2)]), plain(2, clusters=clusters, mean=(0.2, 0.9)))
     assert len(shown[20:].unique()) == 4
 
 
@@ -167,12 +168,6 @@ def test_patches_of_soft_tissue_reach_towards_fat_and_muscle(head: LabelTable) -
 # ---------------------------------------------------------------- texture
 
 
-def test_upsampling_is_trilinear_with_corners_in_place() -> None:
-    field = torch.randn((2, 3, 1, 5), generator=torch.manual_seed(0))
-    torch.testing.assert_close(upsample(field, (9, 4, 13)), resize(field[None], (9, 4, 13))[0], rtol=0, atol=1e-5)
-    assert torch.equal(upsample(field, (3, 1, 5)), field)
-
-
 def correlation(image: torch.Tensor, lag: int) -> float:
     x = image.double().numpy()
     return float(np.corrcoef(x[lag:].ravel(), x[:-lag].ravel())[0, 1])
@@ -217,7 +212,7 @@ def test_drawn_weights_have_unit_square_sum(head: LabelTable) -> None:
 
 def test_texture_is_painted_with_the_amplitude_of_the_label() -> None:
     scales = Octaves(extent_mm=EXTENT, spacing_mm=(10.0,), weight=(1.0,), seed=2)
-    image = paint([blocks(2)], plain(2, octaves=scales, texture_std=(0.0, 0.2)))
+    image = paint(Reading.of([blocks(2)]), plain(2, octaves=scales, texture_std=(0.0, 0.2)))
     assert (image[:20] == 0).all()
     torch.testing.assert_close(image[20:], 0.1 + 0.2 * octaves(scales, SHAPE)[20:], rtol=0, atol=1e-6)
 
@@ -226,7 +221,7 @@ def test_texture_is_painted_with_the_amplitude_of_the_label() -> None:
 def test_images_of_any_size_can_be_painted(head: LabelTable, shape: tuple[int, int, int]) -> None:
     config = parse(ContrastConfig, {"cluster_probability": 1.0, "octave_probability": 1.0}, "test")
     plan = sample_contrast(config, head, tuple(2.0 * n for n in shape), Draw(rng.generator(0, 0, "contrast")), False)
-    image = paint([torch.ones(shape, dtype=torch.uint8)], plan)
+    image = paint(Reading.of([torch.ones(shape, dtype=torch.uint8)]), plan)
     assert image.shape == shape
     assert torch.isfinite(image).all()
 

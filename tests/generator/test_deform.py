@@ -1,10 +1,9 @@
 """Deformation against affine arithmetic, a flow integrated by scipy, and landmarks."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
@@ -14,14 +13,12 @@ from synthseg.generator.deform import (
     DeformPlan,
     coordinates,
     exponential,
-    read_labels,
+    resize,
     sample_deform,
-    subsample_offsets,
 )
 from synthseg.generator.draw import Draw, Field3D
 from synthseg.generator.plan import sample_plan
 from synthseg.labels import LabelTable
-from synthseg.templates import Template
 
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 SHAPE = (11, 14, 9)
@@ -196,40 +193,23 @@ def test_velocity_has_the_spacing_and_strength_asked_for() -> None:
     assert 1.0 < np.mean(stds) < 2.0  # U[0, 3]
 
 
-# ---------------------------------------------------------------- reading labels
+# ---------------------------------------------------------------- resizing
 
 
-def test_labels_outside_the_template_are_background() -> None:
-    labels = torch.from_numpy(np.pad(np.full((3, 4, 5), 7, np.uint8), 1))
-    grid = torch.from_numpy(np.indices((5, 6, 7))).float()
-    for axis, shift in itertools.product(range(3), (-100.0, 100.0)):
-        moved = grid.clone()
-        moved[axis] += shift
-        assert not read_labels(labels, moved, torch.zeros(3)).any()
-        moved = grid.clone()
-        moved += shift
-        assert not read_labels(labels, moved, torch.zeros(3)).any()
+@pytest.mark.parametrize("shape", [(9, 4, 13), (1, 2, 3), (2, 1, 1), (3, 5, 7), (40, 33, 27)])
+@pytest.mark.parametrize("size", [(3, 1, 5), (1, 1, 1), (2, 2, 2), (8, 21, 4)])
+def test_resizing_is_trilinear_with_corners_in_place(
+    size: tuple[int, int, int], shape: tuple[int, int, int], device: torch.device
+) -> None:
+    field = 50 * torch.randn((2, 3, *size), generator=torch.manual_seed(0)).to(device)
+    before = field.clone()
+    out = resize(field, shape)
+    expected = F.interpolate(field.double(), size=shape, mode="trilinear", align_corners=True)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, *shape), torch.float32, device.type)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+    assert torch.equal(field, before)
 
 
-def test_nearest_label_is_read(tiny_template: Template) -> None:
-    ids = tiny_template.labels
-    rng = np.random.default_rng(0)
-    coords = rng.uniform(-3, 30, (3, 6, 7, 8)).astype(np.float32)
-    offset = np.array([0.3, -0.2, 0.1], np.float32)
-    index = np.floor(coords + offset.reshape(3, 1, 1, 1) + 0.5).astype(int)
-    inside = np.all([(i >= 0) & (i < n) for i, n in zip(index, ids.shape, strict=True)], axis=0)
-    clipped = tuple(np.clip(i, 0, n - 1) for i, n in zip(index, ids.shape, strict=True))
-    expected = np.where(inside, ids.numpy()[clipped], 0)
-    got = read_labels(ids, torch.from_numpy(coords), torch.from_numpy(offset))
-    np.testing.assert_array_equal(got.numpy(), expected)
-    assert expected.any()
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_subsamples_are_balanced_inside_the_voxel(count: int) -> None:
-    points = subsample_offsets(count).numpy()
-    assert points.shape == (count, 3)
-    assert len(np.unique(points, axis=0)) == count
-    np.testing.assert_allclose(points.mean(0), 0, atol=1e-7)
-    if count > 1:  # half of the points on each side of the voxel's middle, a quarter voxel away, along every axis
-        np.testing.assert_allclose(np.abs(points), 0.25)
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    field = torch.randn((1, 2, 3, 1, 5), generator=torch.manual_seed(0))
+    assert torch.equal(resize(field, (3, 1, 5)), field)

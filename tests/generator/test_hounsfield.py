@@ -19,6 +19,7 @@ from synthseg.generator.ct_scanner import (
 )
 from synthseg.generator.draw import Draw, Field3D
 from synthseg.generator.hounsfield import HU_PER_UNIT, OTHER_WINDOWS_HU, CTPlan, finish, tissue_hu
+from synthseg.generator.reading import Reading
 from synthseg.inference import conform
 from synthseg.intensity import CT_WINDOW_HU, looks_like_hounsfield, normalise
 from synthseg.labels import INTRACRANIAL_TISSUES, LabelTable
@@ -108,9 +109,9 @@ def test_partial_volume_is_averaged_before_the_window() -> None:
         ct=ct(),
     )
     air, bone = torch.zeros((3, 4, 5), dtype=torch.uint8), torch.ones((3, 4, 5), dtype=torch.uint8)
-    assert (paint([bone, air, air, air], plan) == 0).all()
-    np.testing.assert_allclose(paint([bone, bone, air, air], plan), 100 / 250)  # 0 HU
-    assert (paint([bone, bone, bone, air], plan) == 1).all()
+    assert (paint(Reading.of([bone, air, air, air]), plan) == 0).all()
+    np.testing.assert_allclose(paint(Reading.of([bone, bone, air, air]), plan), 100 / 250)  # 0 HU
+    assert (paint(Reading.of([bone, bone, bone, air]), plan) == 1).all()
 
 
 def test_the_window_is_that_of_inference() -> None:
@@ -143,7 +144,7 @@ def test_a_stripped_ct_has_air_without_streaks_or_headrest(head: LabelTable) -> 
     assert whole.ct.beam_hardening is not None
     assert whole.ct.headrest is not None
     labels = [torch.full((4, 4, 4), head.index_of[511], dtype=torch.uint8)]
-    assert (paint(labels, stripped) == 0).all()
+    assert (paint(Reading.of(labels), stripped) == 0).all()
 
 
 # ---------------------------------------------------------------- beam hardening

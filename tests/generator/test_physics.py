@@ -8,6 +8,7 @@ import pytest
 
 from synthseg import rng
 from synthseg.config import ContrastConfig, parse
+from synthseg.generator.anomalies import KINDS
 from synthseg.generator.contrast import sample_contrast
 from synthseg.generator.draw import Draw
 from synthseg.generator.means import Means
@@ -115,7 +116,7 @@ def test_contrast_agent_shortens_both_times() -> None:
 
 def test_the_table_knows_every_tissue_and_its_ranges_are_ordered() -> None:
     record = tables()["tissues"]
-    assert set(record) == set(TISSUES) - {"air"}
+    assert set(record) == (set(TISSUES) | {kind.tissue for kind in KINDS.values()}) - {"air"}
     for values in record.values():
         for field in (0, 1):
             found = {k: values[k] if k == "pd" else values[k][field] for k in RANGES}

@@ -77,7 +77,9 @@ def test_every_stage_has_a_stream_of_its_own(head: LabelTable, monkeypatch: pyte
 
     monkeypatch.setattr(rng, "generator", spy)
     sample_plan(config(), "t", head, 3, 17)
-    assert sorted(keys) == [(3, 17, stage) for stage in ("anatomy", "artefacts", "contrast", "deform", "strip")]
+    assert sorted(keys) == [
+        (3, 17, stage) for stage in ("anatomy", "anomalies", "artefacts", "contrast", "deform", "strip")
+    ]
 
 
 def test_fields_of_view_of_any_shape_can_be_drawn(head: LabelTable) -> None:

@@ -12,6 +12,7 @@ from synthseg.generator.contrast import ContrastPlan, paint
 from synthseg.generator.deform import DeformPlan
 from synthseg.generator.draw import Field3D
 from synthseg.generator.plan import Plan
+from synthseg.generator.reading import Reading
 from synthseg.generator.synthesis import render
 from synthseg.labels import Label, LabelTable
 from synthseg.templates import Template
@@ -131,8 +132,8 @@ def painted(template: Template, plan: Plan) -> torch.Tensor:
 
     kept: list[torch.Tensor] = []
 
-    def spy(samples: Any, contrast: ContrastPlan) -> torch.Tensor:
-        kept.append(paint(samples, contrast))
+    def spy(reading: Reading, contrast: ContrastPlan) -> torch.Tensor:
+        kept.append(paint(reading, contrast))
         return kept[-1]
 
     with mock.patch("synthseg.generator.contrast.paint", spy):
@@ -223,12 +224,13 @@ def test_noise_and_texture_inside_a_label_have_their_spread() -> None:
         noise_seed=3,
         visible=(True, True),
     )
-    image = paint([labels], plan).double().numpy()
+    image = paint(Reading.of([labels]), plan).double().numpy()
     for part, mean, std in ((image[:15], 0.2, 0.01), (image[15:], 0.7, 0.05)):
         assert part.mean() == pytest.approx(mean, abs=0.002)
         assert part.std() == pytest.approx(std, rel=0.03)
         assert abs(np.corrcoef(part[:, :, 1:].ravel(), part[:, :, :-1].ravel())[0, 1]) < 0.05
-    rough = paint([labels], plan.model_copy(update={"std": (0.0, 0.0), "texture_std": (0.0, 0.1)})).double().numpy()
+    textured = plan.model_copy(update={"std": (0.0, 0.0), "texture_std": (0.0, 0.1)})
+    rough = paint(Reading.of([labels]), textured).double().numpy()
     assert (rough[:15] == np.float32(0.2)).all()
     assert np.corrcoef(rough[15:, :, 1:].ravel(), rough[15:, :, :-1].ravel())[0, 1] > 0.9
     assert rough[15, 0, 0] != rough[-1, -1, -1]
@@ -265,7 +267,7 @@ def test_hidden_labels_have_no_noise_or_texture() -> None:
         noise_seed=3,
         visible=(True, False),
     )
-    np.testing.assert_allclose(paint([labels], plan), 0.1, atol=1e-7)
+    np.testing.assert_allclose(paint(Reading.of([labels]), plan), 0.1, atol=1e-7)
 
 
 def test_crop_is_zero_in_image_and_target(cubic: Template) -> None:

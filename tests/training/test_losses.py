@@ -11,7 +11,8 @@ from synthseg.training.stream import group_table
 IDENTITY = torch.eye(5, dtype=torch.bool)
 DISJOINT = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
 OVERLAPPING = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
-GROUPS = {"identity": IDENTITY, "disjoint": DISJOINT, "overlapping": OVERLAPPING}
+VAGUE = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
+GROUPS = {"identity": IDENTITY, "disjoint": DISJOINT, "overlapping": OVERLAPPING, "vague": VAGUE}
 SHAPE = (3, 5, 4)
 
 
@@ -24,11 +25,13 @@ def reference(
     p = np.stack([p[np.flatnonzero(row)].sum(0) for row in groups])
     hot = np.stack([target.ravel() == g for g in range(len(groups))]).astype(np.float64)
     entropy = -np.log((p * hot).sum(0)).mean()
+    vague = [any((row >= other).all() for k, other in enumerate(groups) if k != g) for g, row in enumerate(groups)]
+    told = hot[~np.array(vague)].sum(0)
     scores = np.full(len(groups), np.nan)
     for g, row in enumerate(groups):
-        shares = any((row & other).any() for k, other in enumerate(groups) if k != g)
-        if hot[g].any() and not shares:
-            scores[g] = (2 * (p[g] * hot[g]).sum() + smooth) / (p[g].sum() + hot[g].sum() + smooth)
+        shares = any((row & other).any() for k, other in enumerate(groups) if k != g and not vague[k])
+        if hot[g].any() and not shares and not vague[g]:
+            scores[g] = (2 * (p[g] * hot[g]).sum() + smooth) / ((p[g] * told).sum() + hot[g].sum() + smooth)
     inner = scores[1:][np.isfinite(scores[1:])]
     return (1 - inner.mean() if len(inner) else 0.0), entropy, scores
 
@@ -119,6 +122,17 @@ def test_groups_that_overlap_count_in_the_cross_entropy_alone() -> None:
     assert torch.isnan(scores).tolist() == [False, True, True, False]
 
 
+def test_a_group_that_says_too_little_does_not_count_against_the_others() -> None:
+    logits, target = example(VAGUE)
+    sure = torch.full_like(logits, -20.0)
+    sure[1] = 20.0
+    anything = torch.where((target == 3)[None], sure, logits)
+    before, after = (dice_and_cross_entropy(x, target, VAGUE) for x in (logits, anything))
+    torch.testing.assert_close(before[2], after[2], equal_nan=True)
+    assert torch.isnan(before[2]).tolist() == [False, False, False, True]
+    assert float(after[1]) < float(before[1])  # but it does say that the voxel is one of these
+
+
 def test_nothing_but_background() -> None:
     logits = torch.randn((5, *SHAPE), generator=torch.manual_seed(0)).requires_grad_()
     target = torch.zeros(SHAPE, dtype=torch.uint8)
@@ -178,7 +192,9 @@ def test_coarse_template_shares_groups() -> None:
     assert len({by_name[n] for n in ("Fat", "Muscle", "Muscle-Skin", "Around-Fat")}) == 1
     assert by_name["Skull"] == by_name["Bone-Marrow"]
     assert [siam.names[c] for c in groups[by_name["CSF"]].nonzero().flatten()] == ["CSF", "Ventricular-CSF"]
-    assert len(groups) == len(set(by_name.values())) == 8
+    assert [siam.names[c] for c in groups[by_name["GM"]].nonzero().flatten()] == ["GM", "Cerebellar-GM"]
+    assert by_name["Deep-GM"] == by_name["Deep-WM"]
+    assert len(groups) == len(set(by_name.values())) == 9
 
 
 def test_a_template_that_can_tell_everything_but_one_thing_apart() -> None:

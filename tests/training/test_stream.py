@@ -65,7 +65,7 @@ def test_shapes_types_and_groups(make: Any) -> None:
         assert (batch.images.shape, batch.images.dtype) == ((2, 1, 8, 10, 9), torch.float32)
         assert (batch.targets.shape, batch.targets.dtype) == ((2, 8, 10, 9), torch.uint8)
         for plan, groups, target in zip(batch.plans, batch.groups, batch.targets, strict=True):
-            assert groups.shape == ((8, 17) if plan.scheme == "brainweb" else (17, 17))
+            assert groups.shape == ((9, 17) if plan.scheme == "brainweb" else (17, 17))
             assert target.max() < len(groups)
             seen.add(plan.template)
     assert seen == {"tiny", "tiny_other", "tiny_coarse"}

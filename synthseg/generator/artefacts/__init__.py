@@ -1,7 +1,8 @@
 """What scanner and storage do to an image.
 
-Every stage takes and returns (B, 1, D, H, W) and one plan per image. Strength zero is the identity, the input is not
-modified, and a batch equals its images one by one. ``corrupt`` runs all of them.
+Every stage takes and returns (B, 1, D, H, W) and one plan per image. Strength zero is the identity (the result may
+then be the input itself), the input is not modified, and a batch equals its images one by one. ``corrupt`` runs all of
+them.
 """
 
 from synthseg.generator.artefacts.acquisition import acquire, corrupt

@@ -19,10 +19,10 @@ def corrupt(
     tables: Sequence[LabelTable],
     plans: Sequence[ArtefactPlan],
     voxel_size_mm: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Image (B, 1, D, H, W) and labels (B, D, H, W) after all artefacts, and where the scan covers anything at all.
+) -> tuple[torch.Tensor, torch.Tensor, list[storage.Box]]:
+    """Image (B, 1, D, H, W) and labels (B, D, H, W) after all artefacts, and the box that each scan covers.
 
-    The last is bool, (B, 1, D, H, W). Labels are background where the scan does not show what was there.
+    Labels are background where the scan does not show what was there.
     """
     if any(plan.scene is not None for plan in plans):
         image, labels = modes.scene(image, labels, tables, [plan.scene for plan in plans])
@@ -31,10 +31,11 @@ def corrupt(
     if any(plan.wrap is not None for plan in plans):
         image = storage.fold(image, plans)
     image = acquire(image, plans, voxel_size_mm)
-    seen = storage.field_of_view(image, plans)
+    boxes = [storage.covered(image.shape[2:], plan) for plan in plans]
     if any(plan.masked for plan in plans):
         image, labels = masking.mask(image, labels, tables, plans, voxel_size_mm)
-    return image, labels.masked_fill(~seen[:, 0], 0), seen
+    kept = [storage.placed(single[box], box, single.shape) for single, box in zip(labels, boxes, strict=True)]
+    return image, scanner.stacked(kept), boxes
 
 
 def acquire(image: torch.Tensor, plans: Sequence[ArtefactPlan], voxel_size_mm: float) -> torch.Tensor:
@@ -67,4 +68,4 @@ def acquire(image: torch.Tensor, plans: Sequence[ArtefactPlan], voxel_size_mm: f
         if plan.stored is not None and returns and plan.stored.by in {"cubic", "zero_fill"}:
             coarse = coarse.abs() if plan.stored.by == "zero_fill" else coarse.clamp_min(0)
         out.append(coarse)
-    return torch.stack(out)
+    return scanner.stacked(out)

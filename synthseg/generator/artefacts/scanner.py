@@ -27,6 +27,11 @@ class ScannerPlan(Record):
     log_gfactor: Field3D | None = None
 
 
+def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Images (...) as one batch (B, ...); a single one is not copied."""
+    return images[0][None] if len(images) == 1 else torch.stack(tuple(images))
+
+
 def smooth(field: Field3D, image: torch.Tensor) -> torch.Tensor:
     """A coarse field (C, d, h, w) at the voxels of an image (..., D, H, W), in its dtype, on its device."""
     return resize(field.tensor(image.device)[None], image.shape[-3:])[0].to(image.dtype)
@@ -34,30 +39,33 @@ def smooth(field: Field3D, image: torch.Tensor) -> torch.Tensor:
 
 def bias_field(image: torch.Tensor, plans: Sequence[ScannerPlan]) -> torch.Tensor:
     """Multiply by a smooth positive field."""
-    out = image.clone()
-    for single, plan in zip(out, plans, strict=True):
+    out = []
+    for single, plan in zip(image, plans, strict=True):
         if plan.log_bias is not None:
             field = resize(plan.log_bias.tensor(image.device)[None], image.shape[2:])[0]
-            single *= field.exp_().to(image.dtype)
-    return out
+            single = single * field.exp_().to(image.dtype)
+        out.append(single)
+    return stacked(out)
 
 
 def gamma(image: torch.Tensor, plans: Sequence[ScannerPlan]) -> torch.Tensor:
     """``image ** gamma`` on the range of each image; with a local contrast, gamma varies smoothly over space."""
-    out = image.clone()
-    for b, plan in enumerate(plans):
+    out = []
+    for single, plan in zip(image, plans, strict=True):
         if plan.log_exponent is not None:
-            out[b] = _curve(image[b], plan.gamma * smooth(plan.log_exponent, image).exp())
+            single = _curve(single, plan.gamma * smooth(plan.log_exponent, image).exp())
         elif plan.gamma != 1:
-            out[b] = _curve(image[b], torch.full((1, 1, 1, 1), plan.gamma, dtype=image.dtype, device=image.device))
-    return out
+            single = _curve(single, torch.full((1, 1, 1, 1), plan.gamma, dtype=image.dtype, device=image.device))
+        out.append(single)
+    return stacked(out)
 
 
 def _curve(single: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    low, high = single.min(), single.max()
+    low, high = torch.aminmax(single)
     span = (high - low).clamp_min(1e-6)
-    curved = ((single - low) / span).clamp(0, 1).pow(exponent) * span + low
-    return torch.where(exponent == 1, single, curved)
+    curved = (single - low).div_(span).clamp_(0, 1).pow_(exponent).mul_(span).add_(low)
+    straight = exponent == 1
+    return torch.where(straight, single, curved) if bool(straight.any()) else curved
 
 
 def noise(single: torch.Tensor, plan: ScannerPlan) -> torch.Tensor:
@@ -70,6 +78,5 @@ def noise(single: torch.Tensor, plan: ScannerPlan) -> torch.Tensor:
     drawn *= plan.noise_std
     if plan.log_gfactor is not None:
         drawn *= smooth(plan.log_gfactor, single).exp()
-    if plan.noise_kind == "rician":
-        return torch.hypot(single + drawn[0], drawn[1])
-    return (single + drawn[0]).clamp_min_(0)
+    noisy = drawn[0].add_(single)
+    return noisy.hypot_(drawn[1]) if plan.noise_kind == "rician" else noisy.clamp_min_(0)

@@ -11,6 +11,7 @@ import torch
 from synthseg.generator.draw import Record
 
 Profile = Literal["box", "gaussian"]
+Box = tuple[slice, ...]
 Interpolation = Literal["linear", "cubic", "nearest", "zero_fill"]
 
 
@@ -148,17 +149,26 @@ def fold(image: torch.Tensor, plans: Sequence[StoragePlan]) -> torch.Tensor:
 
 def field_of_view(image: torch.Tensor, plans: Sequence[StoragePlan]) -> torch.Tensor:
     """Mask (B, 1, D, H, W), bool, of what the scan covers."""
-    mask = torch.ones(image.shape, dtype=torch.bool, device=image.device)
-    for b, plan in enumerate(plans):
-        for axis, (start, stop) in enumerate(plan.crop):
-            n = image.shape[axis + 2]
-            _keep(mask[b, 0], axis, round(start * n), round(stop * n))
-        if plan.wrap is not None:
-            _keep(mask[b, 0], plan.wrap.axis, *_window(plan.wrap, image.shape[plan.wrap.axis + 2]))
+    mask = torch.zeros(image.shape, dtype=torch.bool, device=image.device)
+    for single, plan in zip(mask, plans, strict=True):
+        single[0][covered(image.shape[2:], plan)] = True
     return mask
 
 
-def _keep(mask: torch.Tensor, axis: int, start: int, stop: int) -> None:
-    n = mask.shape[axis]
-    mask.narrow(axis, 0, start).fill_(False)
-    mask.narrow(axis, stop, n - stop).fill_(False)
+def covered(shape: Sequence[int], plan: StoragePlan) -> Box:
+    """The box of voxels that the scan covers."""
+    box = [slice(round(start * n), round(stop * n)) for n, (start, stop) in zip(shape, plan.crop, strict=True)]
+    if plan.wrap is not None:
+        axis = plan.wrap.axis
+        start, stop = _window(plan.wrap, shape[axis])
+        box[axis] = slice(max(box[axis].start, start), min(box[axis].stop, stop))
+    return tuple(box)
+
+
+def placed(inside: torch.Tensor, box: Box, shape: Sequence[int]) -> torch.Tensor:
+    """A volume of this shape with its box filled, and zero around it; not copied if the box is all of it."""
+    if inside.shape == tuple(shape):
+        return inside
+    out = torch.zeros(tuple(shape), dtype=inside.dtype, device=inside.device)
+    out[box] = inside
+    return out
