@@ -25,6 +25,7 @@ import synthseg
 from synthseg.allocator import tune_allocator
 from synthseg.config import GeneratorConfig, Section, generator_config
 from synthseg.generator import synthesis
+from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.templates import Template, load_template
@@ -123,7 +124,8 @@ def prepare(job: Job) -> Template:
         tune_allocator()
     warnings.simplefilter("ignore")
     torch.set_num_threads(job["threads"])
-    return load_template(job["template"])
+    template = load_template(job["template"])
+    return with_anomalies(template, settings(job, 160).anomalies) if job.get("preset") else template
 
 
 class Stopwatch:

@@ -273,7 +273,8 @@ def presets(template: Template) -> Image.Image:
     rows = []
     for name in names:
         config = settings((), name)
-        plans = [plan for i in range(6) for plan in sample_views(config, template.name, template.table, 5, i)][:6]
+        table = with_anomalies(template, config.anomalies).table
+        plans = [plan for i in range(6) for plan in sample_views(config, template.name, table, 5, i)][:6]
         panels = [grey(cut(image_of(template, p), (AXIAL, SAGITTAL, CORONAL)[n % 3])) for n, p in enumerate(plans)]
         rows.append([panel.resize((panel.width * 3 // 4, panel.height * 3 // 4)) for panel in panels])
     return mosaic(rows, names)

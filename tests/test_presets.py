@@ -10,6 +10,7 @@ import yaml
 
 from synthseg.config import GeneratorConfig, Section, generator_config, shipped_presets
 from synthseg.errors import ConfigError
+from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.contrast import named_contrasts
 from synthseg.generator.plan import Plan
 from synthseg.generator.views import render_views, sample_views
@@ -31,12 +32,13 @@ CONTRASTS = {
 
 @pytest.fixture(scope="module")
 def plans_of(tiny_template: Template) -> Callable[[str], list[list[Plan]]]:
-    """The Plans of samples 0 to 59 of a preset, a list of views for each."""
+    """The Plans of samples 0 to 119 of a preset, a list of views for each."""
 
     @cache
     def draw(name: str) -> list[list[Plan]]:
         config = generator_config(None, TINY, name)
-        return [sample_views(config, "tiny", tiny_template.table, 1, index) for index in range(60)]
+        table = with_anomalies(tiny_template, config.anomalies).table
+        return [sample_views(config, "tiny", table, 1, index) for index in range(120)]
 
     return draw
 
@@ -57,12 +59,13 @@ def test_a_preset_is_commented_and_gives_its_grid(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_renders_and_replays_bitwise(name: str, tiny_template: Template) -> None:
     config = generator_config(None, TINY, name)
-    plans = sample_views(config, "tiny", tiny_template.table, 3, 0)
-    views = render_views(tiny_template, plans)
+    template = with_anomalies(tiny_template, config.anomalies)
+    plans = sample_views(config, "tiny", template.table, 3, 0)
+    views = render_views(template, plans)
     assert views.images.shape == (len(config.views.severities), 1, 14, 18, 16)
     assert 0 <= float(views.images.min()) < float(views.images.max()) <= 1
     assert len(views.labels.unique()) > 3
-    again = render_views(tiny_template, [Plan.model_validate_json(plan.model_dump_json()) for plan in plans])
+    again = render_views(template, [Plan.model_validate_json(plan.model_dump_json()) for plan in plans])
     assert torch.equal(again.images, views.images)
     assert torch.equal(again.labels, views.labels)
 
@@ -81,6 +84,7 @@ def test_every_stage_of_siam_appears(plans_of: Callable[[str], list[list[Plan]]]
         "nuclei": lambda p: p.anatomy and p.anatomy.volume_ratio,
         "ventricles": lambda p: p.anatomy and p.anatomy.ventricle_ratio != 1,
         "skull": lambda p: p.anatomy and p.anatomy.layers,
+        "anomalies": lambda p: p.anomalies,
         "template as it is": lambda p: p.anatomy is None,
         "velocity": lambda p: p.deform.velocity_mm,
         "flip": lambda p: p.deform.flip,
