@@ -2,7 +2,8 @@
 
     python benchmarks/model_card.py [--model siam16] [--results benchmarks/results] [--out docs/models/siam16.md]
 
-Reads NAME.json (accuracy.py), NAME_invariance.json (invariance.py) and NAME_speed.json (bench_segment.py).
+Reads NAME.json (accuracy.py), NAME_invariance.json (invariance.py), NAME_speed.json (bench_segment.py) and
+networks.json (bench_networks.py).
 Refuses figures that were measured with other weights.
 """
 
@@ -47,7 +48,26 @@ def history(model: Model) -> str:
     ]
     hours = sum(run["train_seconds"] for run in runs) / 3600
     rows.append(["all", "", f"{sum(run['steps'] for run in runs):,}", f"{hours:.2f}", ""])
-    return table(["run", "voxel size of input and output", "steps", "hours on two CPU cores", "templates"], rows)
+    return table(["run", "voxel size of input and output", "steps", "hours", "templates"], rows)
+
+
+def networks_minutes(networks: dict[str, Any]) -> str:
+    return next(iter(networks)).rsplit("@ ", 1)[1].removesuffix(" min")
+
+
+def networks_table(networks: dict[str, Any]) -> str:
+    rows = [
+        [
+            key.rsplit(" @", 1)[0],
+            f"{row['dice']:.3f}",
+            f"{row['steps']:,}",
+            f"{row['cpu_seconds_per_step']:.2f}",
+            f"{row['parameters'] / 1e6:.1f} M",
+        ]
+        for key, row in networks.items()
+    ]
+    minutes = networks_minutes(networks)
+    return table(["network", f"Dice after {minutes} CPU minutes", "steps", "CPU seconds a step", "parameters"], rows)
 
 
 def held_out(result: dict[str, Any]) -> str:
@@ -57,7 +77,13 @@ def held_out(result: dict[str, Any]) -> str:
     return table(["structure", *contrasts], rows)
 
 
-def card(model: Model, accuracy: dict[str, Any], invariance: dict[str, Any], speed: dict[str, Any]) -> str:
+def card(
+    model: Model,
+    accuracy: dict[str, Any],
+    invariance: dict[str, Any],
+    speed: dict[str, Any],
+    networks: dict[str, Any],
+) -> str:
     network = model.record["config"]["network"]
     maps = accuracy["held_out"]["maps"]
     templates = ", ".join(model.record["templates"])
@@ -85,6 +111,16 @@ This page is written by `python benchmarks/model_card.py` from the files in `ben
   {model.record["torch"]}. A later run starts from the averaged weights of the one before it.
 
 {history(model)}
+
+All on two CPU cores, which runs 3 to 5 shared with other work.
+
+The architecture was chosen by what it learns in the same CPU time from the same images (2 mm, one thread, five
+contrasts, the four maps below):
+
+{networks_table(networks)}
+
+    python benchmarks/bench_networks.py --templates MAPS --held-out MAPS --cpu-minutes {networks_minutes(networks)} \\
+        --out benchmarks/results/networks.json
 
 ## Accuracy
 
@@ -175,6 +211,7 @@ def main() -> None:
         if result.get("sha256") != model.sha256:
             sys.exit(f"{file}: was measured with other weights than {model.name}; measure it again")
         found.append(result)
+    found.append(json.loads((options.results / "networks.json").read_text()))
     out = options.out or Path("docs/models") / f"{model.name}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(card(model, *found))

@@ -1,0 +1,148 @@
+"""Do the changes of anatomy span what they promise? Many anatomies of one template, measured.
+
+    python benchmarks/anatomy_ranges.py [--template DIR] [--preset siam] [--n 200] [--out FILE.json] [--figure FILE.png]
+
+Each anatomy is read at 1 mm on the template's own grid, undeformed, so that nothing but its change is measured:
+volumes against the template's, cortical thickness as 2 x volume / surface, skull thickness as volume / inner surface
+of the calvaria (upper half of the brain). Also counted: white matter outside its largest piece, islands of the deep
+nuclei, grey matter where there was neither brain nor CSF. The work can be stopped and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from synthseg.allocator import tune_allocator
+
+tune_allocator()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from scipy import ndimage  # noqa: E402
+
+from synthseg.config import GeneratorConfig, generator_config  # noqa: E402
+from synthseg.generator.borders import NUCLEI  # noqa: E402
+from synthseg.generator.deform import DeformPlan  # noqa: E402
+from synthseg.generator.plan import sample_plan  # noqa: E402
+from synthseg.generator.synthesis import read_anatomy  # noqa: E402
+from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, tissue_mask  # noqa: E402
+from synthseg.templates import Template, load_template  # noqa: E402
+
+STILL = DeformPlan(matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1)), shift_mm=(0, 0, 0), velocity_mm=None, flip=False)
+BONE = ("bone_cortical", "bone_cancellous")
+
+
+def faces(mask: np.ndarray, other: np.ndarray) -> float:
+    """Area of the border between two masks, mm²: faces of voxels times 2/3, the mean over directions of a surface."""
+    count = 0
+    for axis in range(3):
+        a, b = np.moveaxis(mask, axis, 0), np.moveaxis(other, axis, 0)
+        count += int((a[1:] & b[:-1]).sum()) + int((a[:-1] & b[1:]).sum())
+    return 2 / 3 * count
+
+
+def measure(labels: np.ndarray, template: Template) -> dict[str, float]:
+    """Volumes in ml and thicknesses in mm."""
+
+    def of(*tissues: str) -> np.ndarray:
+        return tissue_mask(template.table, tissues)[labels]
+
+    found = {f"{name}_ml": of(name).sum() / 1000 for name in ("ventricle", "csf", "dura", *NUCLEI)}
+    grey = of("gm")
+    found["cortex_mm"] = 2 * grey.sum() / faces(grey, ~grey)
+    cerebellar = of("cerebellar_gm")
+    found["cerebellar_gm_ml"] = cerebellar.sum() / 1000
+    inside, bone = of(*INTRACRANIAL_TISSUES, "dura"), of(*BONE)
+    half = int(np.mean(np.nonzero(of(*BRAIN_TISSUES))[2]))
+    found["skull_mm"] = bone[:, :, half:].sum() / faces(inside[:, :, half:], bone[:, :, half:])
+    scalp = of("soft", "skin", "fat", "muscle")
+    found["scalp_mm"] = scalp[:, :, half:].sum() / faces(bone[:, :, half:], scalp[:, :, half:])
+    white = of("wm")
+    pieces, _ = ndimage.label(white)
+    found["white_matter_apart"] = 1 - np.bincount(pieces[white]).max() / white.sum()
+    islands = 0
+    for label in template.table.labels:
+        if label.tissue in NUCLEI:
+            mask = labels == template.table.index_of[label.id]
+            islands += max(int(ndimage.label(mask, np.ones((3, 3, 3)))[1]) - 1, 0)
+    found["islands"] = islands
+    return {name: float(value) for name, value in found.items()}
+
+
+def anatomy(template: Template, config: GeneratorConfig, number: int | None) -> np.ndarray:
+    """Labels of anatomy ``number`` of the template; None: the template as it is."""
+    plan = sample_plan(config, template.name, template.table, 0, number or 0)
+    plan = plan.model_copy(update={"deform": STILL} | ({"anatomy": None} if number is None else {}))
+    return read_anatomy(template, plan)[1].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--template", default="phantom")
+    parser.add_argument("--preset", default="siam")
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/anatomy_ranges.json"))
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    template = load_template(options.template)
+    size = [int(n * s) for n, s in zip(template.labels.shape, template.spacing_mm, strict=True)]
+    config = generator_config(None, ["anomalies.probability=0", "subsamples=1", "voxel_size_mm=1"], options.preset)
+    grid = {"shape": tuple(size), "anatomy": config.anatomy.model_copy(update={"probability": 1.0})}
+    config = config.model_copy(update=grid)
+    key = {"template": template.name, "anatomy": config.anatomy.model_dump(mode="json")}
+    done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if done.get("key") != key:
+        original = anatomy(template, config, None)
+        done = {"key": key, "template": measure(original, template), "samples": []}
+    original = anatomy(template, config, None)
+    may_be_grey = tissue_mask(template.table, (*BRAIN_TISSUES, "csf"))[original]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    while len(done["samples"]) < options.n:
+        labels = anatomy(template, config, len(done["samples"]))
+        row = measure(labels, template)
+        grey = tissue_mask(template.table, ("gm",))[labels]
+        row["grey_outside"] = float((grey & ~ndimage.binary_dilation(may_be_grey, iterations=2)).sum())
+        done["samples"].append(row)
+        options.out.write_text(json.dumps(done) + "\n")
+    report(done, options.figure)
+
+
+def report(done: dict[str, Any], figure: Path | None) -> None:
+    """Print the table: the template's value, and percentiles of the anatomies' as a ratio to it."""
+    samples, own = done["samples"], done["template"]
+    print(f"{len(samples)} anatomies of {done['key']['template']}")
+    print(f"{'':22s} {'template':>9s} {'1 %':>7s} {'25 %':>7s} {'50 %':>7s} {'75 %':>7s} {'99 %':>7s}")
+    names = [name for name in own if name.endswith(("_ml", "_mm")) and own[name] > 0]
+    ratios = {name: np.array([row[name] for row in samples]) / own[name] for name in names}
+    for name in names:
+        parts = " ".join(f"{value:7.2f}" for value in np.percentile(ratios[name], [1, 25, 50, 75, 99]))
+        print(f"{name:22s} {own[name]:9.2f} {parts}")
+    apart = np.array([row["white_matter_apart"] for row in samples])
+    print(f"white matter outside its largest piece: template {own['white_matter_apart']:.4f}, worst {apart.max():.4f}")
+    print(f"islands of nuclei: template {own['islands']:.0f}, worst {max(row['islands'] for row in samples):.0f}")
+    print(f"grey matter outside brain and CSF: worst {max(row['grey_outside'] for row in samples):.0f} voxels")
+    if figure is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        fig, axes = plt.subplots(3, 5, figsize=(15, 7))
+        for ax, name in zip(axes.flat, names, strict=False):
+            ax.hist(ratios[name], bins=30, color="0.4")
+            ax.axvline(1.0, color="tab:red", lw=1)
+            ax.set_title(name.replace("_", " "), fontsize=9)
+        for ax in axes.flat[len(names) :]:
+            ax.axis("off")
+        fig.suptitle("Ratio to the template")
+        fig.tight_layout()
+        fig.savefig(figure, dpi=70)
+
+
+if __name__ == "__main__":
+    main()
