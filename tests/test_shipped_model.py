@@ -33,7 +33,7 @@ def test_every_structure_of_a_real_head_has_a_plausible_volume(model: Model, col
     """
     bounds = {
         "GM": (400, 1100), "WM": (350, 1000), "CSF": (100, 700), "Ventricular-CSF": (5, 120),
-        "Cerebellar-GM": (60, 200), "Thalamus": (9, 40), "Pallidum": (1.5, 8), "Putamen": (6, 20),
+        "Cerebellar-GM": (60, 200), "Thalamus": (9, 30), "Pallidum": (1.5, 8), "Putamen": (6, 20),
         "Caudate": (5, 18), "Accumbens": (0.3, 3), "Amygdala": (1.5, 7), "Hippocampus": (4, 15),
         "Skull": (300, 1500), "Head": (500, 4000),
     }  # fmt: skip
