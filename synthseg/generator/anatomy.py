@@ -13,12 +13,14 @@ import torch.nn.functional as F
 
 from synthseg.config import AnatomyConfig
 from synthseg.generator.borders import (
-    CELL_MM,
     EFFECTS,
     NUCLEI,
     Borders,
+    Cortex,
     borders_of,
-    cortex_depth,
+    cell_positions,
+    cortex_of,
+    members,
     movable_pairs,
 )
 from synthseg.generator.draw import Draw, Field3D, Record
@@ -35,6 +37,10 @@ class Shift(Record):
 
     mean_mm: float
     variation_mm: tuple[float, float]
+
+    def over(self, fields: torch.Tensor) -> torch.Tensor:
+        """The shift over space, from the two fields of variation (2, ...)."""
+        return self.mean_mm + self.variation_mm[0] * fields[0] + self.variation_mm[1] * fields[1]
 
 
 class AnatomyPlan(Record):
@@ -88,13 +94,13 @@ def sample_anatomy(config: AnatomyConfig, table: LabelTable, draw: Draw) -> Anat
         low, high = config.nuclei_ratio
         for label in table.labels:  # left and right of one size, but for a little
             if label.tissue in NUCLEI and label.id not in ratios:
-                ratio = math.exp(draw.uniform(math.log(low), math.log(high)))
+                ratio = draw.log_uniform(low, high)
                 for side in (label.id, label.partner):
                     if side is not None:
                         ratios[side] = min(max(ratio * math.exp(draw.normal(0.05)), low), high)
     ventricle = 1.0
     if changed and draw.chance(config.ventricle_probability):
-        ventricle = math.exp(draw.uniform(*(math.log(r) for r in config.ventricle_ratio)))
+        ventricle = draw.log_uniform(*config.ventricle_ratio)
     layers = None
     if changed and draw.chance(config.skull_probability):
         layers = (shift(config.subarachnoid_mm), shift(config.skull_mm), shift(config.scalp_mm))
@@ -137,7 +143,7 @@ def displacement(template: Template, plan: AnatomyPlan, position_mm: torch.Tenso
         shift = shift.expand(4, *position_mm.shape[1:]).clone()
         for row, layer in enumerate(plan.layers, start=1):
             if row != GAP or brain:
-                shift[row] = layer.mean_mm + layer.variation_mm[0] * fields[0] + layer.variation_mm[1] * fields[1]
+                shift[row] = layer.over(fields)
     return morph.offset(position_mm, shift)
 
 
@@ -146,10 +152,8 @@ def brain_in_skull(head: torch.Tensor, brain: torch.Tensor, table: LabelTable) -
 
     The brain covers brain and CSF and nothing else; where it has left, there is CSF.
     """
-    tissue = [label.tissue for label in table.labels]
-    is_brain = torch.tensor([t in BRAIN_TISSUES for t in tissue])
-    is_fluid = torch.tensor([t == "csf" for t in tissue])
-    n = len(tissue)
+    is_brain, is_fluid = members(table, BRAIN_TISSUES), members(table, ("csf",))
+    n = len(table)
     if not is_fluid.any():
         return head
     first = torch.arange(n)[:, None].expand(n, n)
@@ -173,19 +177,15 @@ def moves_brain(plan: AnatomyPlan) -> bool:
 def _pair_shifts(template: Template, plan: AnatomyPlan, borders: Borders) -> torch.Tensor:
     """How far label b advances into label a, mm: mean and two weights of variation, (3, n, n), antisymmetric."""
     table = template.table
-    tissue = [label.tissue for label in table.labels]
-    out = torch.zeros((3, len(tissue), len(tissue)))
-
-    def members(names: tuple[str, ...]) -> torch.Tensor:
-        return torch.tensor([t in names for t in tissue])
-
+    n = len(table)
+    out = torch.zeros((3, n, n))
     for effect, shift in plan.shifts.items():
         growing, yielding = EFFECTS[effect]
-        advance = members(yielding)[:, None] & members(growing)[None]
+        advance = members(table, yielding)[:, None] & members(table, growing)[None]
         for row, value in enumerate((shift.mean_mm, *shift.variation_mm)):
             out[row][advance] += value
             out[row][advance.T] -= value
-    size = torch.zeros(len(tissue))
+    size = torch.zeros(n)
     for label_id, ratio in plan.volume_ratio.items():
         index = table.index_of.get(label_id)
         if index is None:
@@ -198,14 +198,17 @@ def _pair_shifts(template: Template, plan: AnatomyPlan, borders: Borders) -> tor
         )
     out[0] += size[None] - size[:, None]
     if plan.atrophy > 0:
-        grey = tuple(i for i, t in enumerate(tissue) if t == "gm")
-        fluid = tuple(i for i, t in enumerate(tissue) if t == "csf")
-        voxels = plan.atrophy * float(borders.volume[list(grey)].sum())
-        retreat = borders.shift_for(grey, fluid, voxels)
-        lost = members(("gm",))[:, None] & members(("csf",))[None]
+        grey, fluid = members(table, ("gm",)), members(table, ("csf",))
+        voxels = plan.atrophy * float(borders.volume[grey].sum())
+        retreat = borders.shift_for(_indices(grey), _indices(fluid), voxels)
+        lost = grey[:, None] & fluid[None]
         out[0][lost] += retreat
         out[0][lost.T] -= retreat
     return torch.where(movable_pairs(table)[None], out, 0.0)
+
+
+def _indices(mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[:, 0].tolist())
 
 
 def change_labels(template: Template, plan: AnatomyPlan) -> torch.Tensor:
@@ -216,7 +219,7 @@ def change_labels(template: Template, plan: AnatomyPlan) -> torch.Tensor:
     borders = borders_of(template)
     n = len(template.table)
     pairs = _pair_shifts(template, plan, borders).view(3, n * n)
-    fields = _variation_at(plan.variation, _cell_positions(template, borders)).view(2, -1)
+    fields = _variation_at(plan.variation, cell_positions(template)).view(2, -1)
     flat = labels.view(-1)
     which = borders.own.int() * n + borders.other.int()
     advance = torch.index_select(pairs[0], 0, which)
@@ -226,44 +229,16 @@ def change_labels(template: Template, plan: AnatomyPlan) -> torch.Tensor:
             advance.addcmul_(torch.index_select(pairs[row + 1], 0, which), local)
     chosen = (advance > borders.margin_mm).nonzero()[:, 0]
     flat[borders.position[chosen].long()] = borders.other[chosen]
-    if plan.recarve is not None:
-        _carve_cortex(template, plan.recarve, plan.variation, flat)
+    cortex = cortex_of(template) if plan.recarve is not None else None
+    if plan.recarve is not None and cortex is not None:
+        fluid = int(members(template.table, ("csf",)).nonzero()[0])
+        _carve_cortex(cortex, plan.recarve, fields, fluid, flat)
     return labels
 
 
-def _carve_cortex(template: Template, thickness: Shift, variation: Field3D, flat: torch.Tensor) -> None:
+def _carve_cortex(cortex: Cortex, thickness: Shift, fields: torch.Tensor, fluid: int, flat: torch.Tensor) -> None:
     """Grey matter is what lies within the thickness from white matter and was grey, or nearly, before (SIAM, 2026)."""
-    position, was_grey, depth = cortex_depth(template)
-    if len(position) == 0:
-        return
-    tissue = [label.tissue for label in template.table.labels]
-    borders = borders_of(template)
-    fields = _variation_at(variation, _cell_positions(template, borders)).view(2, -1)
-    place = torch.stack(torch.unravel_index(position.long(), template.labels.shape), 0)
-    at = [(p * (mm / CELL_MM)).round().long() for p, mm in zip(place, template.spacing_mm, strict=True)]
-    cell = (at[0] * borders.cells[1] + at[1]) * borders.cells[2] + at[2]
-    local = thickness.mean_mm + thickness.variation_mm[0] * fields[0] + thickness.variation_mm[1] * fields[1]
-    inside = depth < local[cell]
-    removed, added = position[was_grey & ~inside].long(), position[~was_grey & inside].long()
-    flat[removed] = tissue.index("csf")
-    flat[added] = _nearest_grey(template)[added]
-
-
-def _nearest_grey(template: Template) -> torch.Tensor:
-    """The cortex label that each movable CSF voxel touches, uint8, flattened."""
-    if "nearest_grey" not in template.cache:
-        borders = borders_of(template)
-        out = template.labels.view(-1).clone()
-        out[borders.position.long()] = borders.other
-        template.cache["nearest_grey"] = out
-    found: torch.Tensor = template.cache["nearest_grey"]
-    return found
-
-
-def _cell_positions(template: Template, borders: Borders) -> torch.Tensor:
-    """Positions of the lattice of the borders, mm from the template's centre, (3, D, H, W)."""
-    axes = [
-        torch.arange(n) * CELL_MM - c * mm
-        for n, c, mm in zip(borders.cells, template.center, template.spacing_mm, strict=True)
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()
+    inside = cortex.depth_mm < thickness.over(fields)[cortex.cell]
+    removed, added = cortex.was_grey & ~inside, ~cortex.was_grey & inside
+    flat[cortex.position[removed].long()] = fluid
+    flat[cortex.position[added].long()] = cortex.grey[added]

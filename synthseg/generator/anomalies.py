@@ -6,7 +6,6 @@ what the recipe says: a class, or the tissue that hosts them (SIAM, 2026, has bo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,9 +106,6 @@ def sample_anomalies(config: AnomalyConfig, table: LabelTable, draw: Draw) -> An
             "pass the template through generator.anomalies.with_anomalies first"
         )
 
-    def log_uniform(limits: tuple[float, float]) -> float:
-        return math.exp(draw.uniform(math.log(limits[0]), math.log(limits[1])))
-
     def blob(kind: str, radii: tuple[float, float, float], ring_mm: float = 0.0) -> Blob:
         random = torch.randn((3, 3), generator=draw.generator, dtype=torch.float64)
         axes = torch.linalg.qr(random).Q
@@ -123,7 +119,7 @@ def sample_anomalies(config: AnomalyConfig, table: LabelTable, draw: Draw) -> An
         )
 
     def round_one(limits: tuple[float, float]) -> tuple[float, float, float]:
-        size = log_uniform(limits)
+        size = draw.log_uniform(*limits)
         a, b, c = (min(max(size * draw.uniform(0.7, 1.4), limits[0]), limits[1]) for _ in range(3))
         return a, b, c
 
@@ -135,10 +131,10 @@ def sample_anomalies(config: AnomalyConfig, table: LabelTable, draw: Draw) -> An
     if draw.chance(config.haemorrhage_probability):
         blobs.append(blob("haemorrhage", round_one(config.haemorrhage_radius_mm)))
     if draw.chance(config.lesion_probability):
-        for _ in range(round(log_uniform(config.lesion_count))):
+        for _ in range(round(draw.log_uniform(*config.lesion_count))):
             blobs.append(blob("lesion", round_one(config.lesion_radius_mm)))
     if draw.chance(config.perivascular_probability):
-        for _ in range(round(log_uniform(config.perivascular_count))):
+        for _ in range(round(draw.log_uniform(*config.perivascular_count))):
             radius = draw.uniform(*config.perivascular_radius_mm)
             half = max(draw.uniform(*config.perivascular_length_mm) / 2, radius)
             blobs.append(blob("perivascular", (half, radius, radius)))

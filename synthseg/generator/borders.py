@@ -7,6 +7,7 @@ SIAM (2026) changes anatomy by binary morphology on labels of 0.25 mm; this is t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from synthseg.labels import LabelTable
+from synthseg.labels import LabelTable, tissue_mask
 from synthseg.templates import Template
 
 NUCLEI = ("thalamus", "pallidum", "putamen", "caudate", "accumbens", "amygdala", "hippocampus")
@@ -35,14 +36,17 @@ REACH_VOXELS, REACH_FINE_VOXELS = 2.5, 1.8  # of voxels down to 0.75 mm, and of 
 CELL_MM = 4.0
 
 
+def members(table: LabelTable, tissues: Collection[str]) -> torch.Tensor:
+    """Which labels of the table are of these tissues, bool (n_labels,)."""
+    return torch.from_numpy(tissue_mask(table, tissues))
+
+
 def movable_pairs(table: LabelTable) -> torch.Tensor:
     """Bool (n, n): whether a voxel of the first label may become the second."""
     tissue = [label.tissue for label in table.labels]
     pairs = torch.zeros((len(tissue), len(tissue)), dtype=torch.bool)
-    groups = [*EFFECTS.values(), (NUCLEI, NUCLEI_YIELD)]
-    for growing, yielding in groups:
-        a = torch.tensor([t in growing for t in tissue])
-        b = torch.tensor([t in yielding for t in tissue])
+    for growing, yielding in [*EFFECTS.values(), (NUCLEI, NUCLEI_YIELD)]:
+        a, b = members(table, growing), members(table, yielding)
         pairs |= a[:, None] & b[None] | b[:, None] & a[None]
     same = torch.tensor([[t == u for u in tissue] for t in tissue])
     return pairs & ~same
@@ -146,8 +150,7 @@ def find_borders(labels: torch.Tensor, table: LabelTable, spacing_mm: tuple[floa
     place = torch.stack(torch.unravel_index(index, padded.shape), 0) - reach
     position = ((place[0] * size[1] + place[1]) * size[2] + place[2]).int()
     cells = tuple(int(np.ceil(s * mm / CELL_MM)) + 1 for s, mm in zip(size, spacing_mm, strict=True))
-    at = [(p * (mm / CELL_MM)).round().long() for p, mm in zip(place, spacing_mm, strict=True)]
-    cell = ((at[0] * cells[1] + at[1]) * cells[2] + at[2]).int()
+    cell = _cell_of(place, spacing_mm, cells)  # type: ignore[arg-type]
     volume = torch.bincount(labels.view(-1), minlength=n)
     return Borders(position, own, other, margin, cell, cells, volume)  # type: ignore[arg-type]
 
@@ -200,27 +203,65 @@ def _ridge(padded: torch.Tensor, index: torch.Tensor, own: torch.Tensor, margin:
     return ridge & (deepest <= margin + 0.6)
 
 
-def cortex_depth(template: Template) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Voxels for a cortex carved anew: position int32 (N,), whether it is grey matter now, mm from white matter.
+@dataclass(frozen=True)
+class Cortex:
+    """The voxels that a cortex carved anew may hold, N of them: all grey matter, and the CSF that may become it.
 
-    They are all grey matter, and the CSF that may become grey matter. Empty for a table that cannot tell cortex
-    from the deep nuclei.
+    Attributes
+    ----------
+    position, cell : int32 (N,), as in ``Borders``.
+    was_grey : bool (N,), whether the template has grey matter there.
+    grey : uint8 (N,), the label of the grey matter that the voxel is, or would be.
+    depth_mm : float32 (N,), distance from white matter.
     """
-    if "cortex_depth" not in template.cache:
-        tissue = [label.tissue for label in template.table.labels]
-        none = torch.zeros(0, dtype=torch.int32)
-        template.cache["cortex_depth"] = (none, none.bool(), none.float())
-        if "thalamus" in tissue and "gm" in tissue and "csf" in tissue:
-            borders = borders_of(template)
-            is_tissue = {t: torch.tensor([u == t for u in tissue]) for t in ("gm", "csf")}
-            white = np.isin(template.labels.numpy(), [i for i, t in enumerate(tissue) if t in ("wm", "lesion")])
-            distance = ndimage.distance_transform_edt(~white, sampling=template.spacing_mm).astype(np.float32)
-            flat = template.labels.view(-1)
-            grey = is_tissue["gm"][flat.int()].nonzero()[:, 0].int()
-            fluid = is_tissue["csf"][borders.own.int()] & is_tissue["gm"][borders.other.int()]
-            position = torch.cat([grey, borders.position[fluid & (borders.margin_mm < 0.6 * min(template.spacing_mm))]])
-            was_grey = torch.arange(len(position)) < len(grey)
-            depth = torch.from_numpy(distance).view(-1)[position.long()] - 0.5 * min(template.spacing_mm)
-            template.cache["cortex_depth"] = (position, was_grey, depth)
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = template.cache["cortex_depth"]
+
+    position: torch.Tensor
+    cell: torch.Tensor
+    was_grey: torch.Tensor
+    grey: torch.Tensor
+    depth_mm: torch.Tensor
+
+
+def cortex_of(template: Template) -> Cortex | None:
+    """The cortex of a template, found at the first call; None if its table cannot tell cortex from the deep nuclei."""
+    if "cortex" not in template.cache:
+        template.cache["cortex"] = _find_cortex(template)
+    found: Cortex | None = template.cache["cortex"]
     return found
+
+
+def _find_cortex(template: Template) -> Cortex | None:
+    if not {"thalamus", "gm", "csf"} <= {label.tissue for label in template.table.labels}:
+        return None
+    borders = borders_of(template)
+    is_grey, is_fluid = members(template.table, ("gm",)), members(template.table, ("csf",))
+    white = members(template.table, ("wm", "lesion"))[template.labels.int()].numpy()
+    distance = ndimage.distance_transform_edt(~white, sampling=template.spacing_mm).astype(np.float32)
+    h = min(template.spacing_mm)
+    flat = template.labels.view(-1)
+    now = is_grey[flat.int()].nonzero()[:, 0].int()
+    soon = is_fluid[borders.own.int()] & is_grey[borders.other.int()] & (borders.margin_mm < 0.6 * h)
+    position = torch.cat([now, borders.position[soon]])
+    place = torch.stack(torch.unravel_index(position.long(), template.labels.shape))
+    return Cortex(
+        position,
+        _cell_of(place, template.spacing_mm, borders.cells),
+        torch.arange(len(position)) < len(now),
+        torch.cat([flat[now.long()], borders.other[soon]]),
+        torch.from_numpy(distance).view(-1)[position.long()] - 0.5 * h,
+    )
+
+
+def _cell_of(place: torch.Tensor, spacing_mm: tuple[float, ...], cells: tuple[int, int, int]) -> torch.Tensor:
+    """Index of the lattice point nearest to voxels (3, N), int32 (N,)."""
+    at = [(p * (mm / CELL_MM)).round().long() for p, mm in zip(place, spacing_mm, strict=True)]
+    return ((at[0] * cells[1] + at[1]) * cells[2] + at[2]).int()
+
+
+def cell_positions(template: Template) -> torch.Tensor:
+    """Positions of the lattice of the borders, mm from the template's centre, (3, D, H, W)."""
+    axes = [
+        torch.arange(n) * CELL_MM - c * mm
+        for n, c, mm in zip(borders_of(template).cells, template.center, template.spacing_mm, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()

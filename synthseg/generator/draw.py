@@ -35,6 +35,9 @@ class Draw:
     def uniform(self, low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
+    def log_uniform(self, low: float, high: float) -> float:
+        return math.exp(self.uniform(math.log(low), math.log(high)))
+
     def normal(self, std: float) -> float:
         return std * float(torch.randn((), generator=self.generator, dtype=torch.float64))
 

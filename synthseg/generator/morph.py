@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES
+from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, tissue_mask
 from synthseg.templates import Template
 
 LATTICE_MM = 3.0
@@ -89,10 +89,9 @@ def find_morph(template: Template) -> Morph:
     spacing = tuple(step * s for step, s in zip(steps, template.spacing_mm, strict=True))
     pad = 6
     coarse = np.pad(coarse, pad)
-    tissue = np.array([label.tissue for label in template.table.labels])
 
     def mask(*names: str) -> np.ndarray:
-        return np.isin(tissue, names)[coarse]
+        return tissue_mask(template.table, names)[coarse]
 
     ventricle = mask("ventricle")
     zero = np.zeros((3, *coarse.shape), np.float32)
@@ -122,13 +121,13 @@ def find_morph(template: Template) -> Morph:
     half = torch.tensor(extent, dtype=torch.float32) / 2
     found = Morph(directions, torch.tensor(start, dtype=torch.float32) + half, half, None)
     if ventricle.any():
-        found.ventricle_volume = _ventricle_volumes(template, found, tissue == "ventricle")
+        found.ventricle_volume = _ventricle_volumes(template, found)
     return found
 
 
-def _ventricle_volumes(template: Template, morph: Morph, is_ventricle: np.ndarray) -> torch.Tensor:
+def _ventricle_volumes(template: Template, morph: Morph) -> torch.Tensor:
     """Volume for each shift of the wall, measured by reading the template, and made to rise with the shift."""
-    mask = torch.from_numpy(is_ventricle)[template.labels.int()]
+    mask = torch.from_numpy(tissue_mask(template.table, ("ventricle",)))[template.labels.int()]
     spacing = torch.tensor(template.spacing_mm)
     margin = torch.ceil(12.0 / spacing).int()
     where = mask.nonzero()
