@@ -68,9 +68,9 @@ class AnatomyPlan(Record):
 
 def sample_anatomy(config: AnatomyConfig, table: LabelTable, draw: Draw) -> AnatomyPlan | None:
     """Draw the changes of one sample; None for none."""
-    if not draw.chance(config.probability) and config.atrophy == 0:
+    changed = draw.chance(config.probability)
+    if not changed and config.atrophy == 0:
         return None
-    changed = config.probability > 0
 
     def shift(largest: float) -> Shift:
         angle = draw.uniform(0, 2 * math.pi)

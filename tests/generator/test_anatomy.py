@@ -272,6 +272,13 @@ def test_known_atrophy_alone_draws_nothing_else(template: Template) -> None:
     assert (made.shifts, made.volume_ratio, made.ventricle_ratio, made.layers) == ({}, {}, 1.0, None)
 
 
+def test_atrophy_leaves_the_chance_of_other_changes_as_it_is(template: Template) -> None:
+    config = AnatomyConfig(probability=0.5, atrophy=0.05, nuclei_probability=1.0)
+    found = [sample_anatomy(config, template.table, Draw(torch.Generator().manual_seed(s))) for s in range(40)]
+    assert all(made is not None and made.atrophy == 0.05 for made in found)
+    assert 8 < sum(bool(made and made.volume_ratio) for made in found) < 32
+
+
 def test_ranges_are_kept(template: Template) -> None:
     config = AnatomyConfig(probability=1.0, nuclei_ratio=(0.7, 1.3), ventricle_ratio=(0.5, 2.0), skull_mm=1.0)
     for seed in range(30):
