@@ -6,7 +6,7 @@ from synthseg.config.artefacts import ArtefactConfig
 from synthseg.config.base import Section, load_yaml, parse, read_yaml, set_by_path, to_yaml
 from synthseg.config.contrast import ContrastConfig
 from synthseg.config.deform import DeformConfig
-from synthseg.config.generator import GeneratorConfig, generator_config, shipped_presets
+from synthseg.config.generator import GeneratorConfig, generator_config, preset_file, shipped_presets
 from synthseg.config.training import NetworkConfig, OptimiserConfig, TrainConfig, resolve_paths
 from synthseg.config.views import ViewsConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "generator_config",
     "load_yaml",
     "parse",
+    "preset_file",
     "read_yaml",
     "resolve_paths",
     "set_by_path",

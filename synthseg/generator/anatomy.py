@@ -147,21 +147,27 @@ def displacement(template: Template, plan: AnatomyPlan, position_mm: torch.Tenso
     return morph.offset(position_mm, shift)
 
 
-def brain_in_skull(head: torch.Tensor, brain: torch.Tensor, table: LabelTable) -> torch.Tensor:
-    """Labels (D, H, W) of a head whose brain has moved, from those read without and with the brain's displacement.
+class MovedBrain:
+    """A brain that has moved within its skull, laid over the rest of the head.
 
-    The brain covers brain and CSF and nothing else; where it has left, there is CSF.
+    The brain covers brain and CSF and nothing else; where it has left, there is CSF. ``reaches`` (L,) marks the labels
+    of the head that it may change.
     """
-    is_brain, is_fluid = members(table, BRAIN_TISSUES), members(table, ("csf",))
-    n = len(table)
-    if not is_fluid.any():
-        return head
-    first = torch.arange(n)[:, None].expand(n, n)
-    left = torch.where(is_brain[:, None], int(is_fluid.nonzero()[0]), first)
-    covered = (is_brain | is_fluid)[:, None] & is_brain[None]
-    result = torch.where(covered, torch.arange(n)[None], left).to(device=head.device, dtype=torch.uint8)
-    both = head.int().mul_(n).add_(brain)
-    return torch.index_select(result.view(-1), 0, both.view(-1)).view(head.shape)
+
+    def __init__(self, table: LabelTable) -> None:
+        is_brain, is_fluid = members(table, BRAIN_TISSUES), members(table, ("csf",))
+        self.reaches = (is_brain | is_fluid) if is_fluid.any() else torch.zeros_like(is_brain)
+        n = len(table)
+        head = torch.arange(n)[:, None].expand(n, n)
+        if is_fluid.any():
+            left = torch.where(is_brain[:, None], int(is_fluid.nonzero()[0]), head)
+            head = torch.where(self.reaches[:, None] & is_brain[None], torch.arange(n)[None], left)
+        self._result = head.to(torch.uint8).contiguous()
+
+    def over(self, head: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
+        """Labels from those read without and with the brain's displacement, both of one shape."""
+        both = head.int().mul_(len(self._result)).add_(brain)
+        return torch.index_select(self._result.to(head.device).view(-1), 0, both.view(-1)).view(head.shape)
 
 
 def moves(plan: AnatomyPlan) -> bool:

@@ -141,6 +141,11 @@ def sample_anomalies(config: AnomalyConfig, table: LabelTable, draw: Draw) -> An
     return AnomalyPlan(blobs=tuple(blobs), label=config.label) if blobs else None
 
 
+def first_index(table: LabelTable) -> int:
+    """Labels of a table with anomalies are anomalies from this index on."""
+    return len(table) - len(KINDS)
+
+
 def paint_anomalies(template: Template, labels: torch.Tensor, plan: AnomalyPlan) -> torch.Tensor:
     """Labels (D, H, W) with the anomalies over their hosts; the input is left as it is."""
     painted = labels.clone()
@@ -166,19 +171,22 @@ def _paint(template: Template, labels: torch.Tensor, painted: torch.Tensor, blob
     middle = np.unravel_index(int(places[int(blob.place * len(places))]), tuple(labels.shape))
     spacing = torch.tensor(template.spacing_mm)
     radii = torch.tensor(blob.radii_mm)
-    reach = (2 * float(radii.max()) + blob.ring_mm) / spacing
+    turn = torch.tensor(blob.axes, dtype=torch.float32)
+    field = blob.surface.tensor()[None]
+    farthest = 1 + max(float(field.max()), 0.0) + blob.ring_mm / float(radii.mean())  # in radii
+    reach = farthest * (turn * radii[:, None]).norm(dim=0) / spacing  # of an ellipsoid along each axis
     box = tuple(
         slice(max(int(m - r), 0), min(int(m + r) + 2, n)) for m, r, n in zip(middle, reach, labels.shape, strict=True)
     )
     axes = [(torch.arange(b.start, b.stop) - int(m)) * s for b, m, s in zip(box, middle, spacing, strict=True)]
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    along = torch.einsum("ij,jdhw->idhw", torch.tensor(blob.axes, dtype=torch.float32), position)
+    along = torch.einsum("ij,jdhw->idhw", turn, position)
     unit = along / radii.view(3, 1, 1, 1)
-    surface = F.grid_sample(
-        blob.surface.tensor()[None], unit.movedim(0, -1).flip(-1)[None] / 2, padding_mode="border", align_corners=True
-    )[0, 0]
+    surface = F.grid_sample(field, unit.movedim(0, -1).flip(-1)[None] / 2, padding_mode="border", align_corners=True)[
+        0, 0
+    ]
     depth = unit.norm(dim=0) - 1 - surface  # in radii, negative inside
-    first = len(template.table) - len(KINDS)
+    first = first_index(template.table)
     names = list(KINDS)
     parts = [(blob.kind, depth < 0)]
     if blob.ring_mm > 0:

@@ -41,19 +41,46 @@ class Reading:
         mixed, points = _differing([sample.flatten() for sample in samples], middle.flatten())
         return cls(middle, mixed, points)
 
+    def holding(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Flat positions, ascending, of the voxels where a point reads one of the labels that ``chosen`` (L,) marks."""
+        chosen = chosen.to(self.middle.device)
+        found = rename(self.middle, chosen).view(-1)
+        found[self.mixed] |= rename(self.points, chosen).any(0)
+        return _positions(found)
+
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Labels at all points of these voxels, (P, N); the positions ascend and hold all mixed ones."""
         found = self.middle.view(-1).index_select(0, positions).repeat(len(self.points), 1)
-        found[:, torch.searchsorted(positions, self.mixed)] = self.points
+        _fill_columns(found, self._columns(positions), self.points)
         return found
 
-    def over(self, other: Reading, rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Reading:
-        """``rule(label, other's label)`` at every point."""
-        either = torch.zeros(self.middle.numel(), dtype=torch.bool, device=self.middle.device)
+    def _columns(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the mixed voxels are among these positions, which ascend and hold them all."""
+        mixed = torch.zeros(self.middle.numel(), dtype=torch.bool, device=positions.device)
+        mixed[self.mixed] = True
+        return _positions(mixed[positions])
+
+    def over(
+        self, other: Reading, positions: torch.Tensor, rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> Reading:
+        """``rule(label, other's label)`` at every point of the voxels at ``positions``, ascending.
+
+        The other reading is of these voxels alone: its middle is (N,).
+        """
+        middle = self.middle.clone()
+        flat = middle.view(-1)
+        flat.index_copy_(0, positions, rule(flat.index_select(0, positions), other.middle))
+        either = torch.zeros(middle.numel(), dtype=torch.bool, device=middle.device)
         either[self.mixed] = True
-        either[other.mixed] = True
+        either[positions.index_select(0, other.mixed)] = True
         mixed = _positions(either)
-        return Reading(rule(self.middle, other.middle), mixed, rule(self.at(mixed), other.at(mixed)))
+        points = self.at(mixed)
+        among = _positions(either[positions])  # of the voxels at positions, those that are mixed
+        either.zero_()
+        either[positions] = True
+        columns = _positions(either[mixed])  # and where these are among the mixed ones
+        _fill_columns(points, columns, rule(points.index_select(1, columns), other.at(among)))
+        return Reading(middle, mixed, points)
 
     def renamed(self, names: torch.Tensor) -> Reading:
         """Label i becomes ``names[i]``."""
@@ -67,6 +94,12 @@ class Reading:
         for part, end in zip(parts, torch.searchsorted(self.mixed, ends).tolist(), strict=True):
             yield part, slice(start, end)
             start = end
+
+
+def _fill_columns(target: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    """``target[:, columns] = values``, row by row, which is faster on a CPU."""
+    for row, new in zip(target, values, strict=True):
+        row.index_copy_(0, columns, new)
 
 
 def slabs(volume: torch.Tensor) -> Iterator[slice]:
@@ -109,7 +142,7 @@ def read_labels(labels: torch.Tensor, coords: torch.Tensor, offset: Sequence[flo
 
 
 def read_points(labels: torch.Tensor, coords: torch.Tensor, offsets: torch.Tensor) -> Reading:
-    """Nearest labels at ``coords`` (3, D, H, W) plus each of the offsets (P, 3), all in template voxels."""
+    """Nearest labels at ``coords`` (3, D, H, W) or (3, N) plus each of the offsets (P, 3), all in template voxels."""
     points = offsets.tolist()
     if len(points) <= FEW:
         middle = read_labels(labels, coords)

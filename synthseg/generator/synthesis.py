@@ -14,49 +14,56 @@ from synthseg.generator import anatomy, anomalies, artefacts, contrast, deform
 from synthseg.generator.artefacts.scanner import stacked
 from synthseg.generator.artefacts.storage import placed
 from synthseg.generator.plan import Plan
-from synthseg.generator.reading import Reading, read_points, rename, subsample_offsets
+from synthseg.generator.reading import Reading, read_labels, read_points, rename, subsample_offsets
 from synthseg.intensity import normalise
 from synthseg.templates import Template
 
 
 def read_anatomy(template: Template, plan: Plan, device: torch.device | str = "cpu") -> tuple[Reading, torch.Tensor]:
     """Labels to paint at the points of each voxel, and labels of the target at the voxel centres, uint8 (D, H, W)."""
-    truth = template.labels
-    displacements: list[Callable[[torch.Tensor], torch.Tensor] | None] = [None]
-    if plan.anatomy is not None:
-        truth = anatomy.change_labels(template, plan.anatomy)
-        if anatomy.moves(plan.anatomy):
-            displacements = [partial(anatomy.displacement, template, plan.anatomy)]
-        if anatomy.moves_brain(plan.anatomy):
-            displacements.append(partial(anatomy.displacement, template, plan.anatomy, brain=True))
+    d, changed = plan.deform, plan.anatomy
+    truth = anatomy.change_labels(template, changed) if changed is not None else template.labels
     painted = truth
     if plan.anomalies is not None:
         painted = anomalies.paint_anomalies(template, truth, plan.anomalies)
         truth = painted if plan.anomalies.label is not None else truth
     same = painted is truth
-    painted = painted.to(device)
-    truth = painted if same else truth.to(device)
-    d = plan.deform
+    truth = truth.to(device)
+    painted = truth if same else painted.to(device)
     step = torch.tensor(d.matrix) * plan.voxel_size_mm / torch.tensor(template.spacing_mm)[:, None]
     if d.flip:
         step[0] = -step[0]
-    reads = [(painted, subsample_offsets(plan.subsamples) @ step.T)]
-    if painted is not truth:
-        reads.append((truth, torch.zeros((1, 3))))
-    layers = []
-    for displacement in displacements:
-        coords = deform.coordinates(
+    offsets = subsample_offsets(plan.subsamples) @ step.T
+
+    def coordinates(displacement: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        return deform.coordinates(
             d, plan.shape, plan.voxel_size_mm, template.center, template.spacing_mm, device, displacement
         )
-        layers.append([read_points(volume, coords, offsets) for volume, offsets in reads])
-    readings = layers[0]
-    if len(layers) == 2:
-        in_skull = partial(anatomy.brain_in_skull, table=template.table)
-        readings = [head.over(brain, in_skull) for head, brain in zip(*layers, strict=True)]
+
+    moved = None
+    if changed is not None and anatomy.moves(changed):
+        moved = partial(anatomy.displacement, template, changed)
+    layers = [coordinates(moved)]
+    reading = read_points(painted, layers[0], offsets)
+    moved_brain = None
+    if changed is not None and anatomy.moves_brain(changed):
+        moved_brain = anatomy.MovedBrain(template.table)
+        layers.append(coordinates(partial(anatomy.displacement, template, changed, brain=True)))
+        around = reading.holding(moved_brain.reaches)
+        brain = read_points(painted, layers[1].flatten(1).index_select(1, around), offsets)
+        reading = reading.over(brain, around, moved_brain.over)
+    target = reading.middle
+    if painted is not truth:  # they differ where an anomaly is painted
+        target = target.clone()
+        flat = target.view(-1)
+        hidden = (flat >= anomalies.first_index(template.table)).nonzero()[:, 0]
+        below = [read_labels(truth, coords.flatten(1).index_select(1, hidden)) for coords in layers]
+        flat[hidden] = below[0] if moved_brain is None else moved_brain.over(below[0], below[1])
     if d.flip:
         swap = torch.from_numpy(template.table.flip).to(device=device, dtype=torch.uint8)
-        readings = [reading.renamed(swap) for reading in readings]
-    return readings[0], readings[-1].middle
+        reading = reading.renamed(swap)
+        target = reading.middle if same else rename(target, swap)
+    return reading, target
 
 
 def render(

@@ -159,7 +159,8 @@ class Trainer:
     def _state_file(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def _save_state(self) -> None:
+    def save_state(self) -> None:
+        """Write what `resume` needs, atomically."""
         tensors = {f"network.{k}": v for k, v in weights_of(self.plain).items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for index, values in self.optimiser.state_dict()["state"].items():
@@ -196,7 +197,8 @@ class Trainer:
             saved["state"].setdefault(int(index), {})[name] = value
         self.optimiser.load_state_dict(saved)
 
-    def _save_model(self, name: str) -> Path:
+    def save_model(self, name: str) -> Path:
+        """Write the averaged weights as a model for inference."""
         network = SegmentationNetwork(self.config.network, len(self.target))
         load_weights(network, self.ema)
         path = self.folder / f"{name}.safetensors"
@@ -360,10 +362,10 @@ class Trainer:
                         history.write(f"# {step} validation {score:.4f}\n")
                     if not np.isfinite(score) or score >= self.state.best:
                         self.state.best = score if np.isfinite(score) else self.state.best
-                        self._save_model("best")
+                        self.save_model("best")
                 if step == last or time.monotonic() - saved > config.checkpoint_every_s:
-                    self._save_state()
-                    self._save_model("last")
+                    self.save_state()
+                    self.save_model("last")
                     write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")
                     saved = time.monotonic()
         return self.folder / "best.safetensors"

@@ -127,13 +127,22 @@ def test_two_readings_are_merged_point_by_point() -> None:
         smooth = deform.resize(coarse[None, None], SHAPE)[0, 0]
         return [(4 * smooth + shift).clamp(0, 5).to(torch.uint8) for shift in (0.0, 0.3, 0.6)]
 
-    def rule(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.where(b > 2, b, a)
+    def rule(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # changes nothing but 2 and 3
+        return torch.where((b > 2) & ((a == 2) | (a == 3)), b, a)
 
     a, b = points(0), points(1)
-    merged = Reading.of(a, a[1]).over(Reading.of(b, b[1]), rule)
+    reading = Reading.of(a, a[1])
+    chosen = torch.zeros(256, dtype=torch.bool)
+    chosen[2:4] = True
+    positions = reading.holding(chosen)
+    expected = torch.stack([(sample == 2) | (sample == 3) for sample in [a[1], *a]]).any(0)
+    assert torch.equal(positions, expected.flatten().nonzero()[:, 0])
+    assert 0 < len(positions) < reading.middle.numel()
+    part = [sample.flatten()[positions] for sample in b]
+    merged = reading.over(Reading.of(part, part[1]), positions, rule)
     assert torch.equal(everywhere(merged), torch.stack([rule(x, y) for x, y in zip(a, b, strict=True)]))
     assert torch.equal(merged.middle, rule(a[1], b[1]))
+    assert torch.equal(everywhere(reading), torch.stack(a))  # the input is left as it was
 
 
 # ---------------------------------------------------------------- whole images
@@ -171,7 +180,7 @@ def plain_anatomy(template: Template, plan: Plan) -> tuple[list[torch.Tensor], t
         layers.append([*points, plain_read(truth, coords, torch.zeros(3))])
     found = layers[0]
     if len(layers) == 2:
-        found = [anatomy.brain_in_skull(a, b, template.table) for a, b in zip(*layers, strict=True)]
+        found = [anatomy.MovedBrain(template.table).over(a, b) for a, b in zip(*layers, strict=True)]
     if plan.deform.flip:
         swap = torch.from_numpy(template.table.flip).to(torch.uint8)
         found = [swap[labels.int()] for labels in found]
