@@ -5,13 +5,13 @@
 
 Every row trains the same small network from random weights at 2 mm on the `siam` preset, less what its name says, with
 one thread. The seconds counted are CPU seconds of rendering and training; what is computed once a template (distance
-maps) is not counted. The network is then measured on templates that it has not seen, rendered at 1 mm in five contrasts,
-and, with ``--data``, on two labelled real scans (benchmarks/accuracy.py). The first template is that of the rows with
-one, the first six those of most rows.
+maps) is not counted. The network is then measured on templates that it has not seen, rendered at 1 mm in five
+contrasts, and, with ``--data``, on two labelled real scans (benchmarks/accuracy.py). The first template is that of the
+rows with one, the first six those of most rows.
 
 A row that is done is kept in the output file, and one that was stopped goes on from its last saved state. ``--rows``
-takes parts of names, so that several processes can share the work: each writes a file of its own beside ``--out``
-(FILE.rows/ROW.json), and each prints the table of all that are done.
+takes parts of names, so that several processes can share the work: every row has a file of its own in ``--work``, and
+each process writes and prints the table of all that are done.
 """
 
 from __future__ import annotations
@@ -159,10 +159,8 @@ def main() -> None:
             write_text_atomically(file, json.dumps({key: score(name, options)}, indent=2) + "\n")
         found = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*_{options.cpu_minutes:g}.json"))]
         done = {k: row for record in found for k, row in record.items()}
-        order = {name: n for n, name in enumerate(ROWS)}
-        done = dict(
-            sorted(done.items(), key=lambda item: (item[0].split(", seed")[1], order[item[0].split(", seed")[0]]))
-        )
+        keys = [f"{name}, seed {seed}" for seed in range(100) for name in ROWS]
+        done = {key: done[key] for key in keys if key in done}
         write_text_atomically(options.out, json.dumps(done, indent=2) + "\n")
         show(done)
 

@@ -31,7 +31,8 @@ from synthseg.generator.synthesis import read_anatomy  # noqa: E402
 from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, tissue_mask  # noqa: E402
 from synthseg.templates import Template, load_template  # noqa: E402
 
-STILL = DeformPlan(matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1)), shift_mm=(0, 0, 0), velocity_mm=None, flip=False)
+# A quarter of a voxel from the template's grid: halfway between voxels rounding would decide which one is read.
+STILL = DeformPlan(matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1)), shift_mm=(0.25, 0.25, 0.25), velocity_mm=None, flip=False)
 BONE = ("bone_cortical", "bone_cancellous")
 
 
@@ -60,14 +61,16 @@ def measure(labels: np.ndarray, template: Template) -> dict[str, float]:
     found["skull_mm"] = bone[:, :, half:].sum() / faces(inside[:, :, half:], bone[:, :, half:])
     scalp = of("soft", "skin", "fat", "muscle")
     found["scalp_mm"] = scalp[:, :, half:].sum() / faces(bone[:, :, half:], scalp[:, :, half:])
-    white = of("wm")
-    pieces, _ = ndimage.label(white)
+    white = of("wm", "brainstem")  # through the brain stem the cerebellum's is one with the cerebrum's
+    pieces, _ = ndimage.label(white, np.ones((3, 3, 3)))
     found["white_matter_apart"] = 1 - np.bincount(pieces[white]).max() / white.sum()
     islands = 0
     for label in template.table.labels:
         if label.tissue in NUCLEI:
             mask = labels == template.table.index_of[label.id]
-            islands += max(int(ndimage.label(mask, np.ones((3, 3, 3)))[1]) - 1, 0)
+            pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
+            if count > 1:
+                islands += int(mask.sum() - np.bincount(pieces[mask]).max())
     found["islands"] = islands
     return {name: float(value) for name, value in found.items()}
 

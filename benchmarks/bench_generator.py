@@ -101,7 +101,8 @@ def measure_pairs(common: Job, variants: list[Job], options: argparse.Namespace)
             {
                 "name": job["name"], "method": job["method"], "tuned": job["tuned"], "threads": job["threads"],
                 "seconds": median(seconds), "cpu_seconds": median(s for r in done for s in r["cpu_seconds"]),
-                "mean_seconds": sum(seconds) / len(seconds), "once_cpu_seconds": median(r["once_cpu_seconds"] for r in done),
+                "mean_seconds": sum(seconds) / len(seconds),
+                "once_cpu_seconds": median(r["once_cpu_seconds"] for r in done),
                 "loaded_gb": max(r["loaded_gb"] for r in done), "peak_gb": max(r["peak_gb"] for r in done),
                 "device_gb": max((r["device_gb"] for r in done if r["device_gb"] is not None), default=None),
                 "all_seconds": seconds,
@@ -127,7 +128,8 @@ def print_pairs(rows: list[Job]) -> None:
         device = f"  {r['device_gb']:.2f} GB on the device" if r["device_gb"] is not None else ""
         print(
             f"{r['name']:{width}}  {r['threads']:7d}  {r['seconds']:7.2f}  {r['mean_seconds']:5.2f}  "
-            f"{r['cpu_seconds']:11.2f}  {r['peak_gb']:7.2f}  {r['loaded_gb']:12.2f}  {r['once_cpu_seconds']:4.1f}{device}"
+            f"{r['cpu_seconds']:11.2f}  {r['peak_gb']:7.2f}  {r['loaded_gb']:12.2f}  {r['once_cpu_seconds']:4.1f}"
+            f"{device}"
         )
     ours = [r for r in rows if r.get("ratios")]
     for r in ours[:1]:

@@ -66,6 +66,12 @@ class ContrastConfig(Section):
         description="the same for soft tissue, where fat and muscle share a label",
         json_schema_extra={"mild": [0.0, 0.1]},
     )
+    plain_probability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance that no label has noise or texture of its own: what noise there is, is the scanner's",
+    )
     texture_spacing_mm: LengthRange = Field((6.0, 30.0), description="spacing of the control points of the texture")
     octave_probability: float = Field(
         0.0, ge=0, le=1, description="chance that the texture is a sum of several scales with random weights"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from synthseg.config import AnatomyConfig
 from synthseg.generator.borders import (
     EFFECTS,
     NUCLEI,
+    REACH_VOXELS,
     Borders,
     Cortex,
     borders_of,
@@ -29,6 +32,7 @@ from synthseg.labels import BRAIN_TISSUES, LabelTable
 from synthseg.templates import Template
 
 GAP = 1  # row of the subarachnoid gap among the directions of ``Morph``
+PIECE = 0.1  # a piece of a nucleus that is smaller than this part of the largest is an island
 BOX_MM = 256.0  # the variation over space is drawn on a cube of this side around the template's centre
 
 
@@ -235,11 +239,57 @@ def change_labels(template: Template, plan: AnatomyPlan) -> torch.Tensor:
             advance.addcmul_(torch.index_select(pairs[row + 1], 0, which), local)
     chosen = (advance > borders.margin_mm).nonzero()[:, 0]
     flat[borders.position[chosen].long()] = borders.other[chosen]
+    if plan.volume_ratio:
+        _drop_islands(labels, template)
     cortex = cortex_of(template) if plan.recarve is not None else None
     if plan.recarve is not None and cortex is not None:
         fluid = int(members(template.table, ("csf",)).nonzero()[0])
         _carve_cortex(cortex, plan.recarve, fields, fluid, flat)
     return labels
+
+
+def _drop_islands(labels: torch.Tensor, template: Template) -> None:
+    """Give the pieces that a shrinking nucleus left behind to what surrounds them, in place.
+
+    A piece stays if it is at least ``PIECE`` of the largest. Neighbours are the 26.
+    """
+    around = torch.tensor([[x, y, z] for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if x or y or z])
+    for index, box in _nucleus_boxes(template).items():
+        part = labels[box]
+        pieces, count = ndimage.label((part == index).numpy(), np.ones((3, 3, 3)))
+        if count < 2:
+            continue
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0
+        small = sizes < PIECE * sizes.max()
+        small[0] = False
+        todo = torch.from_numpy(np.argwhere(small[pieces]))
+        limit = torch.tensor(part.shape) - 1
+        while len(todo):  # from the outside in
+            at = torch.minimum((todo[:, None] + around).clamp_min(0), limit)
+            near = part[at[..., 0], at[..., 1], at[..., 2]]
+            votes = F.one_hot(near.long(), len(template.table)).sum(1)
+            votes[:, index] = 0
+            found = votes.amax(1) > 0
+            if not found.any():
+                break
+            part[tuple(todo[found].T)] = votes[found].argmax(1).to(part.dtype)
+            todo = todo[~found]
+
+
+def _nucleus_boxes(template: Template) -> dict[int, tuple[slice, slice, slice]]:
+    """For each label of a deep nucleus, the box that holds it however it grows."""
+    if "nuclei" not in template.cache:
+        reach = [math.ceil(REACH_VOXELS) + 1] * 3
+        is_nucleus = members(template.table, NUCLEI)
+        named = torch.where(is_nucleus, torch.arange(len(is_nucleus)), 0)[template.labels.int()]
+        template.cache["nuclei"] = {
+            number: tuple(slice(max(s.start - r, 0), s.stop + r) for s, r in zip(box, reach, strict=True))
+            for number, box in enumerate(ndimage.find_objects(named.numpy()), start=1)
+            if box is not None
+        }
+    boxes: dict[int, tuple[slice, slice, slice]] = template.cache["nuclei"]
+    return boxes
 
 
 def _carve_cortex(cortex: Cortex, thickness: Shift, fields: torch.Tensor, fluid: int, flat: torch.Tensor) -> None:

@@ -112,6 +112,9 @@ def sample_contrast(
     octaves = texture.sample_octaves(config, extent_mm, draw) if draw.chance(config.octave_probability) else None
     if strip:
         means["air"], spread["air"] = hounsfield.AIR_HU if in_hu else 0.0, 0.0
+    ct = hounsfield.sample_ct(config, extent_mm, strip, draw) if in_hu else None
+    if draw.chance(config.plain_probability):
+        spread, rough = dict.fromkeys(spread, 0.0), dict.fromkeys(rough, 0.0)
     return ContrastPlan(
         name=found.name,
         mean=tuple(means[t] for t in order),
@@ -123,7 +126,7 @@ def sample_contrast(
         settings=found.settings,
         clusters=clusters,
         octaves=octaves,
-        ct=hounsfield.sample_ct(config, extent_mm, strip, draw) if in_hu else None,
+        ct=ct,
     )
 
 

@@ -17,11 +17,14 @@ from scipy import ndimage
 from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, tissue_mask
 from synthseg.templates import Template
 
-LATTICE_MM = 3.0
+LATTICE_MM, SMOOTH_MM = 3.0, 2.0
 WORK_MM = 2.0
-PUSH_MM = 14.0  # how far beyond a ventricle's wall its surroundings give way
+WALL_MM, PUSH_MM = 6.0, 12.0  # what lies so near a ventricle moves with its wall; beyond, the push fades over this
+SKULL_HOLDS_MM = 8.0  # within this of the skull they give way less, at the skull not at all
+WIDTH_MM = 10.0  # the width of a ventricle is that of its widest place within half of this
+NARROWEST = 0.15  # a slit's wall moves by this part of the widest place's
 SKULL_MM, SCALP_MM, BRAIN_MM = 6.0, 10.0, 30.0  # depths over which a shift of a layer fades in or out
-REACH_MM = torch.linspace(-4.0, 9.0, 14)  # shifts of the ventricle's wall for which the volume is tabled
+REACH_MM = torch.linspace(-8.0, 20.0, 29)  # shifts of the ventricle's wall for which the volume is tabled
 
 
 @dataclass
@@ -82,6 +85,19 @@ def _direction(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     return np.stack(np.gradient(smooth, *spacing)).astype(np.float32)
 
 
+def _width(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """How wide the ventricle is at the nearest place of its wall, smooth, 1 where it is widest.
+
+    A wide ventricle becomes wider by more than a slit does: its walls would meet the hippocampus from two sides.
+    """
+    window = [max(1, round(WIDTH_MM / s)) | 1 for s in spacing]
+    widest = ndimage.maximum_filter(-distance, size=window)
+    nearest = ndimage.distance_transform_edt(distance >= 0, return_distances=False, return_indices=True)
+    width = ndimage.gaussian_filter(widest[tuple(nearest)], [3.0 / s for s in spacing])
+    part: np.ndarray = np.clip(width / np.percentile(widest[distance < 0], 95), NARROWEST, 1.0).astype(np.float32)
+    return part
+
+
 def find_morph(template: Template) -> Morph:
     """Distance maps on a grid of about ``WORK_MM``, and the directions that follow from them."""
     steps = [max(1, round(WORK_MM / s)) for s in template.spacing_mm]
@@ -98,13 +114,15 @@ def find_morph(template: Template) -> Morph:
     push = zero
     if ventricle.any():
         d = _signed_distance(ventricle, spacing)
-        push = -np.exp(-((np.clip(d, 0, None) / PUSH_MM) ** 2)) * _direction(d, spacing)
+        fading = np.exp(-((np.clip(d - WALL_MM, 0, None) / PUSH_MM) ** 2))
+        push = -fading * _width(d, spacing) * _direction(d, spacing)
     gap = skull = scalp = zero
     bone = mask("bone_cortical", "bone_cancellous")
     inside = ndimage.binary_fill_holes(mask(*INTRACRANIAL_TISSUES, "dura", "vessel", "artery", "vein"))
     inside = ndimage.binary_opening(inside, iterations=2)  # without the vessels of the face and neck
     if bone.any() and inside.any():
         d_in = _signed_distance(inside, spacing)
+        push = push * np.clip(-d_in / SKULL_HOLDS_MM, 0, 1)
         outward = _direction(d_in, spacing)
         hull = ndimage.binary_closing(np.pad(mask(*BRAIN_TISSUES), 8), iterations=5)[8:-8, 8:-8, 8:-8]
         gap = np.exp(-np.abs(_signed_distance(hull, spacing)) / BRAIN_MM) * outward
@@ -112,7 +130,7 @@ def find_morph(template: Template) -> Morph:
         shell = _signed_distance(inside | bone, spacing)
         scalp = -np.clip(shell / SCALP_MM, 0, 1) * outward
     fields = np.concatenate([push, gap, skull, scalp]).astype(np.float32)
-    fields = ndimage.gaussian_filter(fields, [0, *(1.0 / s for s in spacing)])
+    fields = ndimage.gaussian_filter(fields, [0, *(SMOOTH_MM / s for s in spacing)])
 
     extent = [(n - 1) * s for n, s in zip(coarse.shape, spacing, strict=True)]
     lattice = [int(np.ceil(e / LATTICE_MM)) + 1 for e in extent]

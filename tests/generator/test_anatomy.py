@@ -309,3 +309,40 @@ def coarse_template() -> Template:
     r = np.sqrt(sum((np.indices((40, 42, 44)) - 20.5) ** 2))
     ids = np.select([r < 10, r < 13, r < 15, r < 17, r < 19], [3, 2, 1, 7, 6], 0)
     return template_of(ids, table)
+
+
+def test_what_a_shrinking_nucleus_leaves_behind_goes_to_its_surroundings(head: LabelTable) -> None:
+    ids = np.full((40, 40, 40), NAMES["wm"], np.int32)
+    ids[:, 30:] = NAMES["csf"]
+    ids[4:20, 4:20, 4:20] = NAMES["putamen"]
+    made = template_of(ids, head)
+    labels = made.labels.clone()
+    island = index(made, "putamen")
+    labels[22:25, 6:9, 6:9] = island  # with a core that has no other neighbour; outside the body, in its box
+    labels[22, 20, 20] = island
+    labels[23, 15:17, 15] = island
+    anatomy._drop_islands(labels, made)
+    assert torch.equal(labels, made.labels)
+    labels[22:25, 4:20, 4:20] = island  # a fifth of the body: not an island
+    kept = labels.clone()
+    anatomy._drop_islands(labels, made)
+    assert torch.equal(labels, kept)
+
+
+def test_a_slit_of_a_ventricle_widens_less_than_its_wide_part(head: LabelTable) -> None:
+    """And what touches its wall moves with it, whole."""
+    ids = np.full((90, 90, 90), NAMES["wm"], np.int32)
+    x, y, z = np.meshgrid(*[np.arange(90.0) - 44.5] * 3, indexing="ij")
+    ids[(x + 15) ** 2 + y**2 + z**2 < 9**2] = NAMES["ventricle"]
+    ids[(x > -15) & (x < 30) & (np.abs(y) < 1) & (np.abs(z) < 8)] = NAMES["ventricle"]
+    ids[(x + 15) ** 2 + (y - 12) ** 2 + z**2 < 3**2] = NAMES["thalamus"]
+    made = template_of(ids, head)
+    before, after = read(made, None), read(made, plan(ventricle_ratio=2.0))
+
+    def width(labels: torch.Tensor, at: int) -> int:
+        return int((labels[at, :, 46] == index(made, "ventricle")).sum())
+
+    wide, slit = 15 + 15, 45 + 15
+    assert width(after, wide) - width(before, wide) >= 4
+    assert 0 <= width(after, slit) - width(before, slit) <= 2
+    assert volume(after, made, "thalamus") / volume(before, made, "thalamus") > 0.75

@@ -346,3 +346,14 @@ def test_mild_settings_draw_flat_tissue_without_surprises() -> None:
 def test_named_contrasts_hold_what_their_mixtures_need() -> None:
     assert all({"fat", "muscle"} <= set(ranges) for ranges in named_contrasts().values())
     assert texture.REGIONS == 4
+
+
+def test_a_plain_image_has_the_means_of_the_same_draw_and_nothing_else(head: LabelTable) -> None:
+    for seed in range(4):
+        usual, plain = sample(head, seed), sample(head, seed, plain_probability=1.0)
+        assert usual.mean == plain.mean
+        assert any(usual.std)
+        assert any(usual.texture_std)
+        assert not any(plain.std)
+        assert not any(plain.texture_std)
+    assert sample(head, 0, plain_probability=0.0) == sample(head, 0)
