@@ -59,6 +59,7 @@ ROWS: dict[str, Row] = {
     "one template, no shape": (1, NO_SHAPE),
     "nuclei unchanged": (6, ["anatomy.nuclei_probability=0"]),
     "no cortex carved anew": (6, ["anatomy.recarve_probability=0"]),
+    "quieter images": (6, ["contrast.std=[0, 0.03]", "artefacts.noise_std=[0, 0.02]"]),
     "all templates": (None, []),
 }
 

@@ -99,14 +99,15 @@ def main() -> None:
     config = config.model_copy(update=grid)
     key = {"template": template.name, "anatomy": config.anatomy.model_dump(mode="json")}
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if done.get("key") != key:
-        original = anatomy(template, config, None)
-        done = {"key": key, "template": measure(original, template), "samples": []}
     original = anatomy(template, config, None)
+    if done.get("key") != key:
+        done = {"key": key, "template": measure(original, template), "samples": []}
+    head = tuple(slice(max(s.start - 4, 0), s.stop + 4) for s in ndimage.find_objects((original > 0).astype(int))[0])
+    original = original[head]
     may_be_grey = tissue_mask(template.table, (*BRAIN_TISSUES, "csf"))[original]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     while len(done["samples"]) < options.n:
-        labels = anatomy(template, config, len(done["samples"]))
+        labels = anatomy(template, config, len(done["samples"]))[head]
         row = measure(labels, template)
         grey = tissue_mask(template.table, ("gm",))[labels]
         row["grey_outside"] = float((grey & ~ndimage.binary_dilation(may_be_grey, iterations=2)).sum())

@@ -154,7 +154,12 @@ def report(done: dict[str, Any], figure: Path | None) -> int:
         for ax, name in zip(axes, MEASURES, strict=True):
             low, _, high = limits(samples, name)
             values = np.array([row[name] for row in samples if row[name] is not None])
-            ax.hist(values.clip(0, 1.3 * high), bins=40, color="0.7")
+            if name == "sharpness":
+                bins = np.linspace(0, values.max(), 40)
+            else:
+                ax.set_xscale("log")
+                bins = np.geomspace(max(low, 2e-4) / 2, 2 * high, 40)
+            ax.hist(values.clip(bins[0], bins[-1]), bins=bins, color="0.7")
             for edge in (low, high):
                 ax.axvline(edge, color="0.3", lw=1, ls=":")
             for number, (scan, row) in enumerate(scans.items()):
@@ -162,8 +167,8 @@ def report(done: dict[str, Any], figure: Path | None) -> int:
                     ax.axvline(row[name], color=f"C{number}", lw=1.5, label=scan)
             ax.set_title(name, fontsize=9)
             ax.set_yticks([])
-        axes[-1].legend(fontsize=7)
-        drawn.tight_layout()
+        drawn.tight_layout(rect=(0, 0.12, 1, 1))
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(scans), fontsize=9)
         figure.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(figure, dpi=75)
     return outside
