@@ -17,13 +17,16 @@ from scipy import ndimage
 from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, tissue_mask
 from synthseg.templates import Template
 
-LATTICE_MM, SMOOTH_MM = 3.0, 2.0
+LATTICE_MM = 3.0
 WORK_MM = 2.0
 WALL_MM, PUSH_MM = 6.0, 12.0  # what lies so near a ventricle moves with its wall; beyond, the push fades over this
 SKULL_HOLDS_MM = 8.0  # within this of the skull they give way less, at the skull not at all
 WIDTH_MM = 10.0  # the width of a ventricle is that of its widest place within half of this
 NARROWEST = 0.15  # a slit's wall moves by this part of the widest place's
-SKULL_MM, SCALP_MM, BRAIN_MM = 6.0, 10.0, 30.0  # depths over which a shift of a layer fades in or out
+PUSH_SMOOTH_MM = 2.0
+THINNEST_MM, SKULL_MM, SCALP_MM = 2.5, 6.0, 10.0  # a shift of a layer fades in over its thickness, within these
+LATE_MM = 2.0
+BRAIN_MM = 30.0  # depth over which the shift of the gap around the brain fades out
 REACH_MM = torch.linspace(-8.0, 20.0, 29)  # shifts of the ventricle's wall for which the volume is tabled
 
 
@@ -74,15 +77,26 @@ def morph_of(template: Template) -> Morph:
 
 def _signed_distance(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """Millimetres to the border of a mask, negative inside."""
-    outside = ndimage.distance_transform_edt(~mask, sampling=spacing)
-    inside = ndimage.distance_transform_edt(mask, sampling=spacing)
-    return (outside - inside).astype(np.float32)
+    half = min(spacing) / 2  # the border lies between two voxels
+    outside = ndimage.distance_transform_edt(~mask, sampling=spacing) - half
+    inside = ndimage.distance_transform_edt(mask, sampling=spacing) - half
+    return np.where(mask, -inside, outside).astype(np.float32)
 
 
 def _direction(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """Smooth unit vectors away from a surface, (3, D, H, W)."""
     smooth = ndimage.gaussian_filter(distance, [2.0 / s for s in spacing])
     return np.stack(np.gradient(smooth, *spacing)).astype(np.float32)
+
+
+def _within(inner: np.ndarray, outer: np.ndarray, thick_mm: float) -> np.ndarray:
+    """0 at the inner side of a layer, 1 from its outer side on; from signed distances to both, whose difference it fills.
+
+    It begins late, since it will be smoothed and what lies further in must stay.
+    """
+    thickness = np.clip(inner - outer, THINNEST_MM, thick_mm)
+    part: np.ndarray = np.clip((inner - LATE_MM) / (thickness - LATE_MM), 0, 1)
+    return part
 
 
 def _width(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
@@ -119,18 +133,21 @@ def find_morph(template: Template) -> Morph:
     gap = skull = scalp = zero
     bone = mask("bone_cortical", "bone_cancellous")
     inside = ndimage.binary_fill_holes(mask(*INTRACRANIAL_TISSUES, "dura", "vessel", "artery", "vein"))
-    inside = ndimage.binary_opening(inside, iterations=2)  # without the vessels of the face and neck
+    opened = ndimage.binary_opening(inside, iterations=2)  # without the vessels of the face and neck
+    inside = ndimage.binary_dilation(opened, iterations=3, mask=inside)  # but with all of the dura
     if bone.any() and inside.any():
         d_in = _signed_distance(inside, spacing)
         push = push * np.clip(-d_in / SKULL_HOLDS_MM, 0, 1)
         outward = _direction(d_in, spacing)
         hull = ndimage.binary_closing(np.pad(mask(*BRAIN_TISSUES), 8), iterations=5)[8:-8, 8:-8, 8:-8]
         gap = np.exp(-np.abs(_signed_distance(hull, spacing)) / BRAIN_MM) * outward
-        skull = -np.clip(d_in / SKULL_MM, 0, 1) * outward
-        shell = _signed_distance(inside | bone, spacing)
-        scalp = -np.clip(shell / SCALP_MM, 0, 1) * outward
-    fields = np.concatenate([push, gap, skull, scalp]).astype(np.float32)
-    fields = ndimage.gaussian_filter(fields, [0, *(SMOOTH_MM / s for s in spacing)])
+        d_bone = _signed_distance(inside | bone, spacing)
+        d_skin = _signed_distance(ndimage.binary_fill_holes(coarse > 0), spacing)
+        skull = -_within(d_in, d_bone, SKULL_MM) * outward
+        scalp = -_within(d_bone, d_skin, SCALP_MM) * outward
+    push = ndimage.gaussian_filter(push, [0, *(PUSH_SMOOTH_MM / s for s in spacing)])
+    layers = ndimage.gaussian_filter(np.concatenate([gap, skull, scalp]), [0, *(1.0 / s for s in spacing)])
+    fields = np.concatenate([push, layers]).astype(np.float32)
 
     extent = [(n - 1) * s for n, s in zip(coarse.shape, spacing, strict=True)]
     lattice = [int(np.ceil(e / LATTICE_MM)) + 1 for e in extent]
