@@ -1,11 +1,14 @@
-"""What import derives from the maps."""
+"""What import derives from the maps, and what the Colin27 template promises."""
 
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
+from scipy import ndimage
 
-from synthseg.templates import DEEP_OF, import_template, mark_deep, read_record
+from synthseg.paths import data_dir
+from synthseg.templates import DEEP_OF, import_template, load_template, mark_deep, read_record
 
 
 def brainweb_ball(shape: tuple[int, int, int] = (70, 84, 72)) -> np.ndarray:
@@ -44,3 +47,91 @@ def test_import_says_what_it_derived(tmp_path: Path) -> None:
     assert set(record["derived"]) == {"12", "13"}
     assert "Deep-WM" in record["labels"].values()
     assert "Deep-GM" in (folder / "SOURCE.md").read_text() or "Deep-WM" in (folder / "SOURCE.md").read_text()
+
+
+def test_import_records_licence_and_citation(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(brainweb_ball().astype(np.uint8), np.eye(4)), tmp_path / "subject.nii.gz")
+    more = {"license": "terms", "citation": "somebody"}
+    folder = import_template(tmp_path / "subject.nii.gz", "brainweb", tmp_path / "out", "a server", "other", more)
+    record = read_record(folder)
+    assert folder.name == record["name"] == "other"
+    assert (record["source"], record["license"], record["citation"]) == ("a server", "terms", "somebody")
+    assert "- citation: somebody" in (folder / "SOURCE.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------ the Colin27 template
+
+AIR, GM, WM, CSF, VENTRICLE, CEREBELLAR_GM, THALAMUS = range(7)
+DURA, VESSEL, SKULL, HEAD = 13, 14, 15, 16
+BRAIN = [GM, WM, *range(VENTRICLE, DURA)]
+BASE = 57  # z = -14 mm: what is above it is the vault
+ANY = np.ones((3, 3, 3), dtype=bool)
+# Adult heads: volumes that a healthy adult's may have, and of what the scan shows of skull and soft tissue.
+PLAUSIBLE_ML = {
+    "GM": (450, 850), "WM": (400, 750), "CSF": (150, 400), "Ventricular-CSF": (10, 60), "Cerebellar-GM": (80, 180),
+    "Thalamus": (10, 22), "Pallidum": (2, 6), "Putamen": (7, 16), "Caudate": (5, 13), "Accumbens": (0.6, 2.5),
+    "Amygdala": (2, 5.5), "Hippocampus": (5, 12), "Dura": (20, 120), "Vessels": (10, 80), "Skull": (350, 800),
+    "Head": (900, 2500),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def colin27() -> np.ndarray:
+    image = nib.load(data_dir("templates") / "colin27" / "labels.nii.gz")
+    sample = nib.load(data_dir("samples") / "colin27_t1.nii.gz")
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    np.testing.assert_allclose(image.affine, sample.affine)
+    assert image.shape == sample.shape
+    return np.asarray(image.dataobj)
+
+
+def count(mask: np.ndarray, structure: np.ndarray | None = None) -> int:
+    return int(ndimage.label(mask, structure)[1])
+
+
+def leaks(labels: np.ndarray) -> bool:
+    """Whether a path that avoids bone leads from the brain to the air outside, above the base of the skull."""
+    vault = labels[:, :, BASE:]
+    pieces, _ = ndimage.label(vault != SKULL, ANY)
+    return bool(np.isin(pieces[vault == HEAD], np.unique(pieces[np.isin(vault, BRAIN)])).any())
+
+
+def test_colin27_has_every_class_with_plausible_volumes(colin27: np.ndarray) -> None:
+    table = load_template("colin27").table
+    voxels = np.bincount(colin27.ravel(), minlength=17)
+    for label in table.labels[1:]:
+        low, high = PLAUSIBLE_ML[label.name]
+        assert low < voxels[label.id] / 1000 < high, label.name
+    assert {int(i) for i in read_record(data_dir("templates") / "colin27")["labels"]} == set(range(1, 17))
+    assert (data_dir("templates") / "colin27" / "labels.nii.gz").stat().st_size < 1_000_000
+
+
+def test_colin27_is_one_head_in_one_air(colin27: np.ndarray) -> None:
+    assert count(colin27 > 0) == 1
+    assert count(np.pad(colin27 == AIR, 1, constant_values=True)) == 1
+    assert [index for index in (GM, WM, CEREBELLAR_GM, SKULL, HEAD) if count(colin27 == index, ANY) != 1] == []
+
+
+def test_colin27_has_a_closed_skull(colin27: np.ndarray) -> None:
+    assert not leaks(colin27)
+    holed = colin27.copy()
+    holed[90:92, 100:102, 140:] = np.where(holed[90:92, 100:102, 140:] == SKULL, CSF, holed[90:92, 100:102, 140:])
+    assert leaks(holed)  # the check can fail
+    vault = colin27[:, :, BASE:]
+    outside, _ = ndimage.label(vault == AIR)
+    bare = ndimage.binary_dilation(outside == outside[0, 0, -1], ANY) & (vault == SKULL)
+    assert bare.sum() == 0
+
+
+def test_colin27_has_fluid_between_brain_and_skull(colin27: np.ndarray) -> None:
+    around = ndimage.binary_dilation(np.isin(colin27, BRAIN), ANY)
+    assert set(np.unique(colin27[around]).tolist()) == {*BRAIN, CSF, VESSEL}  # dura keeps away as well
+
+
+def test_colin27_has_one_nucleus_a_side(colin27: np.ndarray) -> None:
+    for index in range(THALAMUS, DURA):
+        halves = colin27[:90] == index, colin27[91:] == index
+        assert [count(half, ANY) for half in halves] == [1, 1]
+        left, right = (half.sum() for half in halves)
+        assert abs(left - right) < 0.2 * (left + right) / 2
+        assert not (colin27[90] == index).any()

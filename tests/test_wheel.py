@@ -55,7 +55,7 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     assert Path(found["where"]) == installed / "synthseg"
     assert found["schemes"] == ["brainweb", "head", "siam16"]
     assert found["models"] == {"siam16": 17}
-    assert found["templates"] == {"phantom": 55}
+    assert found["templates"] == {"colin27": 17, "phantom": 55}
     assert found["recipe"] == "phantom"
     eight = dict.fromkeys(("brain-id", "ct", "flair", "infant", "siam", "t1", "t2"), 8)
     assert found["presets"] == {"synthseg": 1} | eight
@@ -65,6 +65,8 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
 def test_the_wheel_holds_no_scripts_of_the_repository(installed: Path) -> None:
     (wheel,) = installed.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "synthseg/_data/templates/phantom/labels.nii.gz" in names
+    for template in ("colin27", "phantom"):
+        for file in ("labels.nii.gz", "labels.json", "SOURCE.md"):
+            assert f"synthseg/_data/templates/{template}/{file}" in names
     assert "synthseg/weights/siam16.safetensors" in names
     assert not [name for name in names if name.startswith("synthseg/_data") and name.endswith(".py")]

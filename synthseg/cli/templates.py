@@ -9,7 +9,7 @@ import typer
 
 from synthseg.cli.base import DebugOption, app, say, shipped
 
-templates_app = typer.Typer(help="List, check and import label templates.", no_args_is_help=True)
+templates_app = typer.Typer(help="List, check, import and fetch label templates.", no_args_is_help=True)
 app.add_typer(templates_app, name="templates")
 
 
@@ -55,3 +55,43 @@ def templates_import(
 
     check_writable(output / "labels.nii.gz")
     import_templates(source, scheme, output, lambda folder: say(str(folder)))
+
+
+@templates_app.command("fetch")
+def templates_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="synthseg20 or brainweb20.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of templates. Default: ./NAME.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Take files downloaded before; no network is used.")
+    ] = None,
+    mirror: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A folder of copies to try first (repeat).")
+    ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Also import maps whose checksum is not known.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Download public label maps, check them and import them. Run it again to go on where it stopped."""
+    from synthseg.errors import InputError
+    from synthseg.fetch import fetch, find_collection
+
+    collection = find_collection(name)
+    if folder is not None and mirror:
+        raise InputError("--from takes files from a folder, --mirror from a server; give one of them")
+    for url in mirror or []:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"{url}: not a web address (http:// or https://); for a folder use --from")
+    out = output or Path(name)
+    done = fetch(
+        collection, out, folder=folder, mirrors=mirror or [], allow_unverified=allow_unverified, tell=say
+    )  # fmt: skip
+    if done.left_out:
+        say(f"left out, because their checksum is not known: {', '.join(done.left_out)} (--allow-unverified)")
+    if done.missing:
+        say(f"not in {folder}: {', '.join(done.missing)}")
+    typer.echo(f"{len(done.imported) + len(done.present)} of {len(collection.maps)} maps in {out}")
+    say(f"cite: {collection.citation} Terms: {collection.license}, {collection.homepage}")
+    raise typer.Exit(1 if done.missing else 0)
