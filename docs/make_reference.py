@@ -69,7 +69,7 @@ def limits(metadata: Iterable[Any]) -> str:
 
 def value_text(value: Any) -> str:
     """A default as YAML would have it on one line."""
-    if value is None:
+    if value is None or value == "":
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -90,16 +90,18 @@ def section(model: type[BaseModel], path: str) -> list[str]:
     inner: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
+        below = f"{path}.{name}".lstrip(".")
+        item = next(iter(typing.get_args(kind)), None)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            below = f"{path}.{name}".lstrip(".")
             lines.append(f"| `{name}` | section | | see `{below}` below |")
             inner += section(kind, below)
+        elif isinstance(item, type) and issubclass(item, BaseModel):
+            lines.append(f"| `{name}` | list of sections | none | {field.description}; see `{below}` below |")
+            inner += section(item, below)
         else:
-            default = field.get_default(call_default_factory=True)
+            default = "needed" if field.is_required() else value_text(field.get_default(call_default_factory=True))
             meaning = (field.description or "").replace("|", "\\|")
-            lines.append(
-                f"| `{name}` | {type_name(kind)}{limits(field.metadata)} | {value_text(default)} | {meaning} |"
-            )
+            lines.append(f"| `{name}` | {type_name(kind)}{limits(field.metadata)} | {default} | {meaning} |")
     return lines + inner
 
 

@@ -11,10 +11,11 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from synthseg import inference
+from synthseg import inference, prediction
 from synthseg.errors import InputError
-from synthseg.inference import clean_up, conform, grid_shape, predict, segment, stray_components
+from synthseg.inference import clean_up, segment, stray_components
 from synthseg.labels import Label, LabelTable
+from synthseg.prediction import conform, grid_shape, predict
 from synthseg.volume import Volume, canonical, load_volume
 
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def test_grid_covers_the_field_of_view() -> None:
 def test_tiled_equals_whole_for_a_pointwise_network(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.rand(50, 37, 41)
     whole = predict(image, Fake(window=(56, 40, 48)), CPU, mixed_precision=False)
-    monkeypatch.setattr(inference, "WHOLE_RUN_VOXELS", 0)
+    monkeypatch.setattr(prediction, "WHOLE_RUN_VOXELS", 0)
     tiled = predict(image, Fake(window=(16, 24, 16)), CPU, mixed_precision=False)
     assert whole.shape == tiled.shape == (2, 50, 37, 41)
     torch.testing.assert_close(whole, tiled, atol=2e-3, rtol=2e-3)  # kept as float16
@@ -212,7 +213,7 @@ def test_tiled_equals_whole_for_a_pointwise_network(monkeypatch: pytest.MonkeyPa
 
 def test_the_network_sees_sizes_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(inference, "WHOLE_RUN_VOXELS", 17_000)
+    monkeypatch.setattr(prediction, "WHOLE_RUN_VOXELS", 17_000)
 
     class Recorder(Threshold):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -250,7 +251,7 @@ def test_slabs_give_the_result_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> 
     volume = Volume(np.random.default_rng(0).normal(size=(31, 13, 11)).astype(np.float32), np.diag([0.7, 2, 3, 1]))
     model = Fake(Random(), FIVE)
     whole = segment(volume, model, CPU)
-    monkeypatch.setattr(inference, "SLAB_BYTES", 4 * 5 * 13 * 11 * 3)  # three rows of five classes
+    monkeypatch.setattr(prediction, "SLAB_BYTES", 4 * 5 * 13 * 11 * 3)  # three rows of five classes
     slabs = segment(volume, model, CPU)
     np.testing.assert_array_equal(whole.labels, slabs.labels)
     assert whole.hard_ml == slabs.hard_ml
@@ -258,9 +259,9 @@ def test_slabs_give_the_result_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_softmax_in_slabs_is_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "SOFTMAX_VOXELS", 100)
+    monkeypatch.setattr(prediction, "SOFTMAX_VOXELS", 100)
     logits = torch.randn(1, 5, 7, 8, 9) * 4
-    torch.testing.assert_close(inference._softmax(logits).float(), logits.softmax(1), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(prediction._softmax(logits).float(), logits.softmax(1), atol=1e-3, rtol=1e-3)
 
 
 def test_head_box_holds_the_head_and_leaves_out_the_air() -> None:
@@ -268,9 +269,9 @@ def test_head_box_holds_the_head_and_leaves_out_the_air() -> None:
     data[60:90, 20:110, 0:70] += 100.0  # reaches the lower border
     volume = Volume(data, np.diag([2.0, 1.0, 1.5, 1.0]))
     for side, (first, last), n, spacing in zip(
-        inference.head_box(volume), ((60, 90), (20, 110), (0, 70)), data.shape, volume.spacing_mm, strict=True
+        prediction.head_box(volume), ((60, 90), (20, 110), (0, 70)), data.shape, volume.spacing_mm, strict=True
     ):
-        least, most = (inference.HEAD_MARGIN_MM - 4.0) / spacing, (inference.HEAD_MARGIN_MM + 8.0) / spacing
+        least, most = (prediction.HEAD_MARGIN_MM - 4.0) / spacing, (prediction.HEAD_MARGIN_MM + 8.0) / spacing
         assert side.start == 0 if first == 0 else least <= first - side.start <= most
         assert least <= min(side.stop, n) - last <= most
 
@@ -279,7 +280,7 @@ def test_a_bright_object_beside_the_head_does_not_hide_it() -> None:
     data = np.random.default_rng(0).normal(0, 1.5, (100, 110, 90)).astype(np.float32)
     data[10:70, 20:90, 10:80] += 100.0
     data[80:95, 40:70, 40:60] += 2000.0
-    box = inference.head_box(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])))
+    box = prediction.head_box(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])))
     for side, (first, last) in zip(box, ((10, 95), (20, 90), (10, 80)), strict=True):
         assert side.start <= first
         assert side.stop >= last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -68,8 +68,11 @@ S = TypeVar("S", bound=Section)
 
 def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
+        if isinstance(part, int):  # the place in a list of sections
+            continue
         field = model.model_fields.get(str(part))
         annotation = field.annotation if field else None
+        annotation = next(iter(get_args(annotation)), annotation)  # that of each item of a list
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         model = annotation

@@ -52,6 +52,25 @@ class OptimiserConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: down to 1 % at the last step")
 
 
+class DivergenceConfig(Section):
+    """When a run counts as lost: the loss, a running mean over about 50 steps, stays far above its lowest value."""
+
+    factor: float = Field(2.0, gt=1, description="how many times the lowest value is far above")
+    steps: int = Field(200, ge=0, description="steps in a row above that stop the run; 0: never stop")
+    after_steps: int = Field(500, ge=0, description="steps at the start that are not looked at")
+
+
+class ScanConfig(Section):
+    """A real scan with labels, to validate on. It is never trained on."""
+
+    image: str = Field(description="the scan, a NIfTI or MGH file")
+    labels: str = Field(description="its label map, on the voxel grid of the scan")
+    scheme: str = Field("head", description="the label scheme of the map, by name or JSON file")
+    read_as: dict[int, int] = Field({}, description="ids that the scheme does not have, and the id each is read as")
+    classes: tuple[str, ...] = Field((), description="classes that are scored; none: all that the labels tell apart")
+    name: str = Field("", description="the name in log and report; empty: that of the file")
+
+
 class TrainConfig(Section):
     """A training recipe."""
 
@@ -63,12 +82,15 @@ class TrainConfig(Section):
     validation_templates: tuple[str, ...] = Field((), description="never trained on")
     seed: int = Field(0, description="of the first weights and of every sample")
     steps: int = Field(10_000, gt=0, description="optimiser steps")
-    batch_size: int = Field(1, gt=0, description="images a step")
+    batch_size: int = Field(1, gt=0, description="images a step, shared by all devices")
     validate_every: int = Field(1000, gt=0, description="steps between validations")
     validation_contrasts: tuple[str, ...] = Field(
         ("t1", "t2", "flair", "ct", "random"), description="each held-out template is rendered once in each"
     )
+    validation_scans: tuple[ScanConfig, ...] = Field((), description="real scans with labels to validate on as well")
     checkpoint_every_s: float = Field(180.0, gt=0, description="seconds between saved states")
+    report: bool = Field(True, description="write report.html and its pictures at each validation")
+    deterministic: bool = Field(False, description="only algorithms whose results do not vary; slower on CUDA")
     workers: int = Field(0, ge=0, description="generator processes; 0 renders in the training process")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bfloat16 autocast")
     dice_weight: float = Field(1.0, ge=0, description="weight of 1 - soft Dice")
@@ -81,17 +103,27 @@ class TrainConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     network: NetworkConfig = NetworkConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
 
 def resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Template folders that exist beside the recipe are taken from there; other names stay as they are."""
+    """Template folders and scans that exist beside the recipe are taken from there; other names stay as they are."""
 
     def resolve(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(folder / name) if (folder / name).is_dir() else name for name in names)
+
+    def file(name: str) -> str:
+        return str(folder / name) if (folder / name).is_file() else name
+
+    scans = tuple(
+        scan.model_copy(update={key: file(getattr(scan, key)) for key in ("image", "labels", "scheme")})
+        for scan in config.validation_scans
+    )
 
     return config.model_copy(
         update={
             "templates": resolve(config.templates),
             "validation_templates": resolve(config.validation_templates),
+            "validation_scans": scans,
         }
     )

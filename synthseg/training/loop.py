@@ -1,25 +1,20 @@
 """The training loop: stream -> network -> losses -> optimiser, with an average of the weights, resume and validation.
 
-A run folder holds ``train.json`` (manifest), ``state.safetensors`` (to resume), ``last.safetensors`` and
-``best.safetensors`` (models for inference), ``log.csv`` and TensorBoard curves.
+A run folder holds ``train.json`` (manifest), ``state.safetensors`` (to resume) and the one before, ``early``, ``last``
+and ``best.safetensors`` (models for inference), ``log.csv``, ``report.html`` and TensorBoard curves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from synthseg import __version__, rng
 from synthseg.config import TrainConfig
@@ -35,32 +30,26 @@ from synthseg.networks.backbone import (
     transfer,
     weights_of,
 )
-from synthseg.networks.checkpoint import model_path, read_tensors, save_model, save_tensors
+from synthseg.networks.checkpoint import model_path, read_tensors, save_model
 from synthseg.templates import expand, load_template
+from synthseg.training.guards import deterministic, follow
+from synthseg.training.journal import Journal
+from synthseg.training.launch import gather, launch, make_fabric
 from synthseg.training.losses import dice_and_cross_entropy
 from synthseg.training.optimiser import learning_rate_factor, make_optimiser
+from synthseg.training.state import RunState, StateFile, Tensors, check_same_run, history_of
 from synthseg.training.stream import Batch, SyntheticStream, loader
-from synthseg.training.validation import exact_index, mean_dice, validation_table
+from synthseg.training.validation import exact_index, load_scans, mean_dice, scan_table, validation_table
 from synthseg.volume import write_text_atomically
 
 
-@dataclass
-class RunState:
-    """What a run carries from step to step besides the weights."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = -1.0
-    validation: dict[str, Any] = field(default_factory=dict)
-    earlier: list[dict[str, Any]] = field(default_factory=list)
-
-
-# What a resumed run may not change: its figures and its history would be false.
-FIXED_BY_THE_START = ("scheme", "templates", "validation_templates", "seed", "batch_size", "init", "grow", "network")
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse a recipe that cannot run, before any template is loaded."""
+def check(config: TrainConfig, world: int = 1) -> None:
+    """Refuse a recipe that cannot run on ``world`` devices, before any template is loaded."""
+    if config.batch_size % world:
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be shared by {world} devices; "
+            f"try {world * max(1, round(config.batch_size / world))}"
+        )
     multiple = config.network.multiple
     if any(n % multiple for n in config.generator.shape):
         fitting = [max(multiple, round(n / multiple) * multiple) for n in config.generator.shape]
@@ -81,24 +70,23 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def _history(record: dict[str, Any]) -> dict[str, Any]:
-    """What a model file says of the run that made it."""
-    generator = record.get("config", {}).get("generator", {})
-    return {
-        "steps": record.get("steps", 0),
-        "train_seconds": record.get("train_seconds", 0.0),
-        "voxel_size_mm": generator.get("voxel_size_mm"),
-        "templates": record.get("templates", []),
-    }
-
-
 class Trainer:
-    """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path."""
+    """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path.
+
+    With ``devices`` on each of ``nodes`` computers, every process makes its share of each batch. The first one alone
+    (``is_main``) keeps the average of the weights and the state, validates, writes and prints.
+    """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, device: torch.device | str = "cpu", resume: bool = False
+        self,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        resume: bool = False,
+        devices: int = 1,
+        nodes: int = 1,
     ) -> None:
-        check(config)
+        check(config, devices * nodes)
         self.config = config
         self.folder = folder
         self.target = load_scheme(config.scheme)
@@ -112,24 +100,30 @@ class Trainer:
             )
         for template in self.held_out:
             exact_index(template, self.target)
-        precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
-        where = torch.device(device)
-        devices: Any = [where.index or 0] if where.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=where.type, devices=devices, precision=precision)
+        self.scans = load_scans(config, self.target)
+        self.state = RunState()
+        self.file = StateFile(folder)
+        saved = self._saved() if resume else None
+        self.fabric = make_fabric(device, devices, nodes, config.precision)
+        launch(self.fabric)
+        self.is_main = self.fabric.is_global_zero
         torch.manual_seed(config.seed)
         self.plain = SegmentationNetwork(config.network, len(self.target))
-        self.state = RunState()
         self.start = "random weights"
         if config.init and not resume:
             weights, record = read_tensors(model_path(config.init))
-            self.state.earlier = [*record.get("earlier", []), _history(record)]
+            self.state.earlier = [*record.get("earlier", []), history_of(record)]
             self._check_held_out()
             self._start_from(weights, record)
-        optimiser = make_optimiser(self.plain, config.optimiser)
-        self.network, self.optimiser = self.fabric.setup(self.plain, optimiser)
-        self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
-        if resume:
-            self._resume()
+        self.optimiser = make_optimiser(self.plain, config.optimiser)
+        self.network, self._step_optimiser = self.fabric.setup(self.plain, self.optimiser)
+        self.ema: Tensors = {}
+        if self.is_main:
+            self.ema = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
+        else:
+            self.scans = []
+        if saved is not None:
+            self._resume(*saved)
 
     def _start_from(self, weights: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Take over the weights that fit. Raises ConfigError if most of the network would start anew."""
@@ -155,41 +149,42 @@ class Trainer:
             )
 
     # -- state -----------------------------------------------------------------------------------------------------
-    @property
-    def _state_file(self) -> Path:
-        return self.folder / "state.safetensors"
-
     def save_state(self) -> None:
         """Write what `resume` needs, atomically."""
         tensors = {f"network.{k}": v for k, v in weights_of(self.plain).items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        save_tensors(
-            self._state_file, tensors, {"state": vars(self.state), "config": self.config.model_dump(mode="json")}
-        )
+        self.file.save(tensors, {"state": vars(self.state), "config": self.config.model_dump(mode="json")})
 
-    def _resume(self) -> None:
-        tensors, record = read_tensors(self._state_file)
-        then, now = record["config"], self.config.model_dump(mode="json")
-        changed = [key for key in FIXED_BY_THE_START if then.get(key) != now[key]]
-        if changed:
-            raise ConfigError(
-                f"{self._state_file}: the run was started with other {', '.join(changed)} "
-                f"({changed[0]}: {then.get(changed[0])}, now {now[changed[0]]}); "
-                "resume with the recipe of the run, or begin a new one with init"
+    def _saved(self) -> tuple[Tensors, dict[str, Any], str]:
+        """The saved state, if this recipe may go on from it."""
+        tensors, record, warning = self.file.load()
+        check_same_run(self.config, record, self.file.newest)
+        return tensors, record, warning
+
+    def _resume(self, tensors: Tensors, record: dict[str, Any], warning: str) -> None:
+        self.state = RunState.from_record(record["state"])
+        steps = gather(self.fabric, self.state.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the processes see states of steps {steps}; all nodes must see the same run folder"
             )
-        self.state = RunState(**record["state"])
+        if self.is_main:
+            self.file.remove_drafts()
+            if warning:
+                Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         self.start = f"the run of {self.folder}"
         pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         try:
             load_weights(self.plain, pick("network."))
         except ValueError as error:
             raise CheckpointError(
-                f"{self._state_file}: does not fit the recipe's network ({error}); resume with the recipe of the run, "
+                f"{self.file.newest}: does not fit the recipe's network ({error}); resume with the recipe of the run, "
                 "or train in another folder"
             ) from None
-        self.ema = {k: v.to(self.fabric.device) for k, v in pick("ema.").items()}
+        if self.is_main:
+            self.ema = {k: v.to(self.fabric.device) for k, v in pick("ema.").items()}
         saved = self.optimiser.state_dict()
         saved["state"] = {}
         for key, value in pick("optimiser.").items():
@@ -214,6 +209,7 @@ class Trainer:
             "templates": [t.name for t in self.templates],
             "validation_templates": [t.name for t in self.held_out],
             "parameters": sum(p.numel() for p in self.plain.parameters()),
+            "devices": self.fabric.world_size,
             "steps": self.state.step,
             "train_seconds": round(self.state.seconds, 1),
             "earlier": self.state.earlier,
@@ -224,10 +220,11 @@ class Trainer:
         """What will be trained, in one line."""
         config = self.config
         shape = " x ".join(map(str, config.generator.shape))
+        where = str(self.fabric.device) if self.fabric.world_size == 1 else f"{self.fabric.world_size} devices"
         return (
             f"{config.name}: {len(self.target)} classes of {self.target.name}, {len(self.templates)} templates, "
             f"{shape} voxels of {config.generator.voxel_size_mm:g} mm, {self.manifest()['parameters'] / 1e6:.1f} M "
-            f"parameters on {self.fabric.device}, from {self.start}, step {self.state.step} of {config.steps}, "
+            f"parameters on {where}, from {self.start}, step {self.state.step} of {config.steps}, "
             f"in {self.folder}"
         )
 
@@ -268,29 +265,49 @@ class Trainer:
             dice, entropy, scores = dice_and_cross_entropy(single, target, groups.to(self.fabric.device))
             loss = loss + (config.dice_weight * dice + config.cross_entropy_weight * entropy) / len(logits)
             dices.append(scores[1:].nanmean())
-        value = float(loss.detach())
+        value, mean = self._over_all(loss.detach(), torch.stack(dices))
         if not np.isfinite(value):
-            self._stop_at(batch, f"the loss is {value}")
+            self._stop_at(batch, f"the loss is {value}", not bool(loss.detach().isfinite()))
         self.fabric.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
         if not bool(torch.isfinite(norm)):
             self._stop_at(batch, "the gradient is not finite")
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self._step_optimiser.step()
+        self._step_optimiser.zero_grad(set_to_none=True)
         decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
-        for key, value_now in weights_of(self.plain).items():
-            if value_now.is_floating_point():
-                self.ema[key].lerp_(value_now.detach(), 1 - decay)
+        weights = weights_of(self.plain)
+        for key, average in self.ema.items():
+            if average.is_floating_point():
+                average.lerp_(weights[key].detach(), 1 - decay)
             else:
-                self.ema[key].copy_(value_now)
+                average.copy_(weights[key])
         self.state.step += 1
-        return value, float(torch.stack(dices).nanmean())
+        return value, mean
 
-    def _stop_at(self, batch: Batch, what: str) -> NoReturn:
-        """End the run before it is damaged; the weights stay those of the step before."""
-        plan = self.folder / "offending_plan.json"
-        write_text_atomically(plan, "[" + ",\n".join(p.model_dump_json() for p in batch.plans) + "]\n")
-        raise TrainingError(f"{what} at step {self.state.step}; the plans that made it are in {plan}")
+    def _over_all(self, loss: torch.Tensor, dices: torch.Tensor) -> tuple[float, float]:
+        """Loss and mean Dice of the samples of all devices."""
+        found = dices.isfinite()
+        sums: Any = torch.stack([loss, dices[found].sum(), found.sum()])
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_reduce(sums, reduce_op="mean")
+        value, total, count = sums.tolist()
+        return value, total / count if count else float("nan")
+
+    def _stop_at(self, batch: Batch, what: str, mine: bool = True) -> NoReturn:
+        """End the run before it is damaged; the weights stay those of the step before.
+
+        The plans are those of all processes whose samples are to blame (``mine``). The first process tells of it, the
+        others end in silence.
+        """
+        step = self.state.step
+        plans = [plan for part in gather(self.fabric, batch.plans if mine else []) for plan in part]
+        path = self.folder / "offending_plan.json"
+        if self.is_main:
+            write_text_atomically(path, "[" + ",\n".join(p.model_dump_json() for p in plans) + "]\n")
+        self.fabric.barrier()
+        if not self.is_main:
+            raise SystemExit(2)
+        raise TrainingError(f"{what} at step {step}; the plans that made it are in {path}")
 
     def _draw_cells(self) -> torch.Tensor | None:
         """Which voxels of the subpixel blocks this step scores, (K,), or None for all."""
@@ -301,71 +318,80 @@ class Trainer:
         return torch.randperm(blocks, generator=source)[:count].to(self.fabric.device)
 
     def validate(self) -> float:
-        """Mean hard Dice of the averaged weights on the held-out templates; kept in the manifest."""
-        if not self.held_out:
+        """Mean hard Dice of the averaged weights; kept in the manifest with that of each contrast, scan and class.
+
+        Over the held-out templates, over the real scans, or the mean of both; NaN if there are none.
+        """
+        if not self.held_out and not self.scans:
             return float("nan")
+        config, device = self.config, self.fabric.device
         live = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
         load_weights(self.plain, self.ema)
         self.network.eval()
-        table = validation_table(
-            self.network, self.config, self.held_out, self.target, self.config.validation_contrasts, self.fabric.device
-        )
+        found: dict[str, Any] = {}
+        if self.held_out:
+            contrasts = config.validation_contrasts
+            found["dice"] = validation_table(self.network, config, self.held_out, self.target, contrasts, device)
+        if self.scans:
+            found["scans"] = scan_table(self.network, config, self.scans, self.target, device)
         self.network.train()
         load_weights(self.plain, live)
-        self.state.validation = {"step": self.state.step, "mean": round(mean_dice(table), 4), "dice": table}
-        return mean_dice(table)
+        mean = float(np.mean([mean_dice(table) for table in found.values()]))
+        self.state.validation = {"step": self.state.step, "mean": round(mean, 4), **found}
+        self.state.validations.append(self.state.validation)
+        return mean
 
     def run(self, until: int | None = None) -> Path:
         """Train to step ``until`` (default: the recipe's last)."""
-        config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
-        stream = SyntheticStream(config, self.templates, self.target, first=self.state.step)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f} dice {task.fields[dice]:.3f} val {task.fields[best]:.3f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        config, state = self.config, self.state
         last = min(until or config.steps, config.steps)
-        loss_mean, dice_mean, saved = 0.0, 0.0, time.monotonic()
-        with (
-            Progress(*columns, console=Console(stderr=True)) as progress,
-            contextlib.closing(SummaryWriter(str(self.folder))) as writer,
-            (self.folder / "log.csv").open("a") as history,
-        ):
-            bar = progress.add_task(config.name, total=config.steps, completed=self.state.step, loss=0, dice=0, best=0)
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        stream = SyntheticStream(config, self.templates, self.target, state.step, rank, world)
+        with deterministic(config.deterministic), Journal(config, self.folder, state, self.is_main) as journal:
             batches = loader(stream)
             self.network.train()
-            seen = 0
-            while self.state.step < last:
+            saved = time.monotonic()
+            while state.step < last:
                 begun = time.monotonic()
-                loss, dice = self.step(next(batches))
-                seen += 1
-                weight = max(0.02, 1 / seen)
-                loss_mean += weight * (loss - loss_mean)
-                dice_mean += weight * (dice - dice_mean) if np.isfinite(dice) else 0.0
-                self.state.seconds += time.monotonic() - begun
-                step = self.state.step
-                progress.update(bar, completed=step, loss=loss_mean, dice=dice_mean, best=max(0.0, self.state.best))
-                if step % 50 == 0:
-                    writer.add_scalar("train/loss", loss_mean, step)
-                    writer.add_scalar("train/dice", dice_mean, step)
-                    history.write(f"{step},{self.state.seconds:.0f},{loss_mean:.4f},{dice_mean:.4f}\n")
-                    history.flush()
-                if step % config.validate_every == 0 or step == last:
-                    score = self.validate()
-                    if np.isfinite(score):
-                        writer.add_scalar("validation/dice", score, step)
-                        history.write(f"# {step} validation {score:.4f}\n")
-                    if not np.isfinite(score) or score >= self.state.best:
-                        self.state.best = score if np.isfinite(score) else self.state.best
-                        self.save_model("best")
-                if step == last or time.monotonic() - saved > config.checkpoint_every_s:
-                    self.save_state()
-                    self.save_model("last")
-                    write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")
+                batch = next(batches)
+                loss, dice = self.step(batch)
+                if follow(state, config.divergence, loss, dice):
+                    self._stop_at(
+                        batch,
+                        f"the loss has stayed above {config.divergence.factor:g} times its lowest value, "
+                        f"{state.level:.3g}, for {state.above} steps (a lower learning rate, with init from "
+                        "best.safetensors, may mend it)",
+                    )
+                state.seconds += time.monotonic() - begun
+                journal.step(state, state.step == last)
+                if self.is_main and (state.step % config.validate_every == 0 or state.step == last):
+                    self._validate_and_keep(journal)
+                due = state.step == last or (state.above == 0 and time.monotonic() - saved > config.checkpoint_every_s)
+                if self.is_main and due:  # a state whose loss has run away is not worth the place of a good one
+                    self.save()
                     saved = time.monotonic()
+            self.fabric.barrier()
         return self.folder / "best.safetensors"
+
+    def _validate_and_keep(self, journal: Journal) -> None:
+        """Validate, and write the best weights if they are, those of the first validation, and the report."""
+        score = self.validate()
+        journal.validated(self.state)
+        if not np.isfinite(score) or score >= self.state.best:
+            self.state.best = score if np.isfinite(score) else self.state.best
+            self.save_model("best")
+        if self.state.step <= self.config.validate_every:
+            self.save_model("early")
+        if self.config.report:
+            from synthseg.training.report import write_report
+
+            write_report(self.folder, self.config, self.manifest(), self.state.validations)
+
+    def save(self) -> None:
+        """Write the state, the last weights and the manifest."""
+        self.save_state()
+        self.save_model("last")
+        write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")

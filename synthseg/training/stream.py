@@ -44,18 +44,31 @@ def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, t
 
 
 class SyntheticStream(IterableDataset[Batch]):
-    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept."""
+    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept.
 
-    def __init__(self, config: TrainConfig, templates: list[Template], target: LabelTable, first: int = 0) -> None:
+    With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        templates: list[Template],
+        target: LabelTable,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.config = config
         self.templates = templates
         self.first = first
+        self.rank = rank
+        self.world = world
         self.tables = [group_table(t.table, target) for t in templates]
 
     def batch(self, number: int) -> Batch:
         config = self.config
         plans, chosen = [], []
-        for index in range(number * config.batch_size, (number + 1) * config.batch_size):
+        for index in range(number * config.batch_size + self.rank, (number + 1) * config.batch_size, self.world):
             source = rng.generator(config.seed, index, "template")
             which = int(torch.randint(len(self.templates), (), generator=source))
             template = self.templates[which]

@@ -1,20 +1,25 @@
-"""Dice of a network on rendered templates that it was not trained on."""
+"""Dice of a network on rendered templates that it was not trained on, and on real scans with labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from synthseg.config import AnatomyConfig, AnomalyConfig, GeneratorConfig, TrainConfig
 from synthseg.config.artefacts import MaskingConfig, ModesConfig
+from synthseg.config.training import ScanConfig
 from synthseg.errors import ConfigError
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
-from synthseg.labels import LabelTable
-from synthseg.templates import Template
+from synthseg.labels import LabelTable, load_scheme
+from synthseg.prediction import check_size, conform, crop, head_box, predict, to_scan_grid
+from synthseg.templates import Template, read_label_map
 from synthseg.training.stream import group_table
+from synthseg.volume import Volume, canonical, image_stem, load_volume
 
 
 def exact_index(template: Template, target: LabelTable) -> torch.Tensor:
@@ -84,3 +89,136 @@ def validation_table(
 def mean_dice(table: dict[str, dict[str, float]]) -> float:
     """Mean over contrasts and classes."""
     return float(np.mean([np.mean(list(row.values())) for row in table.values()]))
+
+
+# ---------------------------------------------------------------------------------------------- real scans
+
+
+@dataclass(frozen=True)
+class LabelledScan:
+    """A real scan as inference sees it, with what its label map says.
+
+    Attributes
+    ----------
+    image : float32 (d, h, w) in [0, 1], on the network's grid.
+    truth : group index of each voxel, uint8 (D, H, W), on the scan's grid inside the box of the head.
+    outside : voxels of each group outside that box, int64 (G,); inference calls them background.
+    groups : classes of the network that each group stands for, bool (G, C).
+    classes : the name of each group that is scored, by its index.
+    """
+
+    name: str
+    image: torch.Tensor
+    truth: Volume
+    outside: np.ndarray
+    groups: np.ndarray
+    classes: dict[int, str]
+
+
+def load_scan(scan: ScanConfig, voxel_size_mm: float, target: LabelTable) -> LabelledScan:
+    """Read and conform a scan and its labels. Raises ConfigError if they do not belong together or to the classes."""
+    whole, labels = canonical(load_volume(scan.image)), read_label_map(Path(scan.labels))
+    same_grid = whole.data.shape == labels.data.shape and np.allclose(whole.affine, labels.affine, atol=0.1)
+    if not same_grid:
+        shapes = " and ".join(" x ".join(map(str, volume.data.shape)) for volume in (whole, labels))
+        raise ConfigError(
+            f"validation_scans: {scan.labels} is not on the voxel grid of {scan.image} ({shapes} voxels, or other "
+            "positions); resample the labels to the scan, nearest neighbour"
+        )
+    table = load_scheme(scan.scheme)
+    ids = labels.data
+    if scan.read_as:
+        present, where = np.unique(ids, return_inverse=True)
+        ids = np.array([scan.read_as.get(int(label), int(label)) for label in present])[where].reshape(ids.shape)
+    lookup, relation = group_table(table, target)
+    groups = relation.numpy()
+    truth = lookup.numpy()[table.to_index(ids, where=scan.labels)]
+    counts = np.bincount(truth.ravel(), minlength=len(groups))
+    told = np.flatnonzero(np.isfinite(_dice_of_groups(np.diag(counts) @ groups, groups)))
+    classes = {int(index): " + ".join(np.array(target.names)[groups[index]]) for index in told}
+    if not classes:
+        raise ConfigError(
+            f"validation_scans: the labels of {scan.labels} tell no class of {target.name} from the others; "
+            f"is '{scan.scheme}' its scheme?"
+        )
+    unknown = sorted(set(scan.classes) - set(classes.values()))
+    if unknown:
+        raise ConfigError(
+            f"validation_scans: classes: the labels of {scan.labels} do not tell {unknown} apart; "
+            f"they tell {', '.join(classes.values())}"
+        )
+    if scan.classes:
+        classes = {index: name for index, name in classes.items() if name in scan.classes}
+    box = head_box(whole)
+    ras = crop(whole, box)
+    check_size(ras, voxel_size_mm)
+    inside = Volume(np.ascontiguousarray(truth[box]), ras.affine)
+    outside = counts - np.bincount(inside.data.ravel(), minlength=len(groups))
+    name = scan.name or image_stem(Path(scan.image))
+    return LabelledScan(name, conform(ras, voxel_size_mm), inside, outside, groups, classes)
+
+
+def load_scans(config: TrainConfig, target: LabelTable) -> list[LabelledScan]:
+    """The real scans of a recipe. Raises ConfigError if two have one name."""
+    scans = [load_scan(scan, config.generator.voxel_size_mm, target) for scan in config.validation_scans]
+    names = [scan.name for scan in scans]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"validation_scans: {twice} are names of several scans; give each its own 'name'")
+    return scans
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A network in training, as ``predict`` wants it."""
+
+    network: torch.nn.Module
+    labels: LabelTable
+    voxel_size_mm: float
+    window: tuple[int, int, int]
+    multiple: int
+
+
+def scan_table(
+    network: torch.nn.Module,
+    config: TrainConfig,
+    scans: Sequence[LabelledScan],
+    target: LabelTable,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Hard Dice per real scan and class: {scan: {class: Dice}}.
+
+    The scan is conformed, predicted and brought back to its own grid as in inference, without the clean-up of stray
+    pieces. Where the labels cannot tell classes apart, the union of the classes is scored ("GM + Thalamus").
+    """
+    shape, multiple = config.generator.shape, config.network.multiple
+    model = _Live(network, target, config.generator.voxel_size_mm, shape, multiple)
+    table: dict[str, dict[str, float]] = {}
+    for scan in scans:
+        with torch.no_grad():
+            probabilities = predict(scan.image, model, torch.device(device), mixed_precision=False)
+            guess, _, _ = to_scan_grid(probabilities, scan.truth, model.voxel_size_mm, torch.device(device))
+        n_groups, n_classes = scan.groups.shape
+        pairs = scan.truth.data.astype(np.int64) * n_classes + guess
+        confusion = np.bincount(pairs.ravel(), minlength=n_groups * n_classes).reshape(n_groups, n_classes)
+        confusion[:, 0] += scan.outside
+        scores = _dice_of_groups(confusion, scan.groups)
+        table[scan.name] = {name: round(float(scores[index]), 4) for index, name in scan.classes.items()}
+    return table
+
+
+def _dice_of_groups(confusion: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Dice of each group of classes, float64 (G,), from voxels of each group and predicted class (G, C).
+
+    NaN for background, for groups that are absent, and for those that share a class with another one that is present.
+    Voxels whose label holds all classes of another group ("any tissue of the brain") count for no group.
+    """
+    size = confusion.sum(1)
+    present = size > 0
+    shared = groups.astype(np.int64) @ groups.T.astype(np.int64)
+    contains = (shared == groups.sum(1)) & ~np.eye(len(groups), dtype=bool)  # row contains column
+    told = present & ~contains[:, present].any(1)
+    alone = told & (np.count_nonzero(shared[:, told], axis=1) == 1) & ~groups[:, 0]
+    predicted = groups @ confusion[told].sum(0)
+    overlap = (confusion * groups).sum(1)
+    return np.where(alone, 2 * overlap / np.maximum(size + predicted, 1), np.nan)

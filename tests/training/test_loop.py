@@ -24,6 +24,7 @@ def recipe(folders: dict[str, Path], **changes: Any) -> TrainConfig:
         "templates": [str(folders["head"]), str(folders["coarse"])],
         "steps": 6,
         "precision": "fp32",
+        "report": False,
         "generator": {"shape": [16, 24, 16], "voxel_size_mm": 2.5, "subsamples": 2},
         "network": {"channels": [6, 8, 10]},
         "optimiser": {"warmup_steps": 2, "learning_rate": 0.02},
@@ -93,19 +94,24 @@ def test_workers_do_not_change_a_run(template_folders: dict[str, Path], tmp_path
 
 
 def test_a_run_folder_is_complete(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    config = recipe(
-        template_folders, steps=2, validation_templates=[str(template_folders["other"])], validation_contrasts=["t1"]
-    )
+    held_out = {"validation_templates": [str(template_folders["other"])], "validation_contrasts": ["t1"]}
+    config = recipe(template_folders, steps=2, validate_every=1, report=True, checkpoint_every_s=1e-3, **held_out)
     best = Trainer(config, tmp_path).run()
     names = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}
     assert names == {
         "config.json",
         "train.json",
         "state.safetensors",
+        "state.previous.safetensors",
+        "early.safetensors",
         "last.safetensors",
         "best.safetensors",
         "log.csv",
+        "report.html",
+        "curves.png",
+        "classes.png",
     }
+    assert [read_tensors(tmp_path / f"{name}.safetensors")[1]["steps"] for name in ("early", "last")] == [1, 2]
     manifest = json.loads((tmp_path / "train.json").read_text())
     assert manifest["steps"] == 2
     assert manifest["templates"] == ["tiny", "tiny_coarse"]

@@ -1,0 +1,93 @@
+"""What a run says while it goes on: a bar on the terminal, ``log.csv`` and TensorBoard curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from synthseg.config import TrainConfig
+from synthseg.training.state import RunState
+from synthseg.volume import write_text_atomically
+
+LOG_EVERY = 50
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("loss {task.fields[loss]:.3f} dice {task.fields[dice]:.3f} val {task.fields[best]:.3f}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Drop the lines of a log that come after a step: a resumed run writes them again."""
+    if not log.is_file():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_text_atomically(log, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of the log tells of; nothing is kept of a line that is cut off."""
+    word = line.removeprefix("# ").replace(",", " ").split(" ", 1)[0]
+    return int(word) if word.isdigit() else math.inf
+
+
+class Journal:
+    """Writes while a run goes on. In a process that is not the first (``active`` False) it is silent."""
+
+    def __init__(self, config: TrainConfig, folder: Path, state: RunState, active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        forget_after(folder / "log.csv", state.step)
+        self._bar = Progress(*COLUMNS, console=Console(stderr=True))
+        self._curves = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
+        self._log = (folder / "log.csv").open("a")
+        self._task = self._bar.add_task(
+            config.name, total=config.steps, completed=state.step, loss=state.loss, dice=state.dice, best=0.0
+        )
+
+    def __enter__(self) -> Journal:
+        if self.active:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self._bar.stop()
+            self._log.close()
+            self._curves.close()
+
+    def step(self, state: RunState, last: bool) -> None:
+        """One more step is done; the figures are running means."""
+        if not self.active:
+            return
+        self._bar.update(self._task, completed=state.step, loss=state.loss, dice=state.dice, best=max(0.0, state.best))
+        if state.step % LOG_EVERY == 0 or last:
+            self._curves.add_scalar("train/loss", state.loss, state.step)
+            self._curves.add_scalar("train/dice", state.dice, state.step)
+            self._log.write(f"{state.step},{state.seconds:.1f},{state.loss:.4f},{state.dice:.4f}\n")
+            self._log.flush()
+
+    def validated(self, state: RunState) -> None:
+        """A validation is done; its figures are the last ones of the state."""
+        if not self.active or not state.validation:
+            return
+        for name, row in (state.validation.get("scans") or {}).items():
+            mean = sum(row.values()) / len(row)
+            self._curves.add_scalar(f"scan/{name}", mean, state.step)
+            self._log.write(f"# {state.step} scan {name} {mean:.4f}\n")
+        self._curves.add_scalar("validation/dice", state.validation["mean"], state.step)
+        self._log.write(f"# {state.step} validation {state.validation['mean']:.4f}\n")
+        self._log.flush()
