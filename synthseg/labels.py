@@ -126,6 +126,12 @@ class LabelTable:
         """
         out = np.zeros((len(self), len(target)), dtype=bool)
         if target.name == self.name:
+            same = [(x.id, x.name) for x in self.labels] == [(x.id, x.name) for x in target.labels]
+            if not same:
+                raise LabelError(
+                    f"two different label tables are called '{self.name}' ({len(self)} and {len(target)} labels); "
+                    "give one of them another name in its scheme file"
+                )
             np.fill_diagonal(out, True)
             return out
         for index, label in enumerate(self.labels):

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,8 +217,14 @@ def _crop_to_head(data: np.ndarray, affine: np.ndarray, margin: int = 2) -> tupl
     return data[start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]], moved
 
 
-def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Path:
-    """Bring one label map into the project's format; returns the new template's folder. Written whole or not at all."""
+def import_template(
+    file: Path, scheme: str, out: Path, source: str = "", name: str = "", more: Mapping[str, str] | None = None
+) -> Path:
+    """Bring one label map into the project's format; returns the new template's folder. Written whole or not at all.
+
+    The template is called ``name``, or as its file is. ``more`` (licence, citation) goes into ``labels.json`` and
+    ``SOURCE.md`` as well.
+    """
     table = load_scheme(scheme)
     volume = read_label_map(file)
     table.to_index(volume.data, str(file))
@@ -231,7 +237,7 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         data = mark_deep(data)
         derived |= {str(i): "around the deep nuclei and the brain stem (a box, not drawn)" for i in DEEP_OF.values()}
     data, affine = _crop_to_head(data, volume.affine)
-    name = _template_name(file)
+    name = name or _template_name(file)
     own_scheme = Path(scheme) if scheme.endswith(".json") else None
     target = out / name
     if target.exists():
@@ -243,6 +249,7 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         "scheme": own_scheme.name if own_scheme else scheme,
         "derived": derived,
         "source": source or file.name,
+        **(more or {}),
         "labels": {str(i): table[int(i)].name for i in present},
     }
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as draft:
@@ -252,8 +259,9 @@ def import_template(file: Path, scheme: str, out: Path, source: str = "") -> Pat
         if own_scheme:
             (folder / own_scheme.name).write_text(own_scheme.read_text())
         (folder / "labels.json").write_text(json.dumps(record, indent=2) + "\n")
-        lines = [f"# {name}", "", f"Imported from `{file.name}` with scheme `{scheme}`."]
+        lines = [f"# {name}", "", f"Imported from `{source or file.name}` with scheme `{scheme}`."]
         lines += [f"Derived, not drawn: {table[int(i)].name} = {how}." for i, how in derived.items()]
+        lines += ["", *(f"- {key}: {value}" for key, value in more.items())] if more else []
         (folder / "SOURCE.md").write_text("\n".join(lines) + "\n")
         os.replace(folder, target)
     return target
@@ -290,7 +298,7 @@ def find_template(name: str | Path) -> Path:
             return folder
     raise TemplateError(
         f"{name}: not a template (a folder with labels.nii.gz and labels.json); "
-        f"shipped: {', '.join(shipped_templates())}. Make one with 'synthseg templates import'"
+        f"shipped: {', '.join(shipped_templates())}. Make one with 'synthseg templates import', or 'fetch'"
     )
 
 

@@ -159,3 +159,10 @@ def test_damaged_schemes_name_their_file(text: str, tmp_path: Path) -> None:
 def test_missing_scheme_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"none\.json"):
         load_scheme(tmp_path / "none.json")
+
+
+def test_two_tables_of_one_name_must_be_the_same(head: LabelTable) -> None:
+    other = LabelTable(head.name, head.labels[:-1], head.description)
+    with pytest.raises(LabelError, match="two different label tables"):
+        other.groups(head)
+    assert np.array_equal(head.groups(LabelTable(head.name, head.labels, "copied")), np.eye(len(head), dtype=bool))

@@ -2,9 +2,9 @@
 
 # In the order of --help.
 # isort: off
-from synthseg.cli import segment, train, generate, templates, priors, info
+from synthseg.cli import segment, init, train, generate, templates, priors, info
 
 # isort: on
 from synthseg.cli.base import app, main, run
 
-__all__ = ["app", "generate", "info", "main", "priors", "run", "segment", "templates", "train"]
+__all__ = ["app", "generate", "info", "init", "main", "priors", "run", "segment", "templates", "train"]

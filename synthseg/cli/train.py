@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthseg.cli.base import DebugOption, DeviceOption, SetOption, ThreadsOption, app, prepare_torch, say
+from synthseg.cli.base import DebugOption, DeviceOption, SetOption, ThreadsOption, app, prepare_torch
+
+if TYPE_CHECKING:
+    from synthseg.config import TrainConfig
 
 
 @app.command()
@@ -18,31 +22,80 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     settings: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Draw the first batch and stop.")] = False,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Fine-tune a model that ships, or a file."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, draw the first batch and stop.")] = False,
     device: DeviceOption = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="Devices on each computer (processes on a CPU).")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Computers, under SLURM or torchrun.")] = 1,
     threads: ThreadsOption = None,
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Train a network on synthetic images of label templates."""
-    from synthseg.config import TrainConfig, load_yaml, resolve_paths
     from synthseg.errors import CheckpointError, OutputError
     from synthseg.volume import check_writable
 
-    config = resolve_paths(load_yaml(TrainConfig, recipe, settings or []), Path(recipe).parent)
+    config = load_recipe(recipe, settings or [], start)
     folder = output or Path("runs") / config.name
-    if (folder / "state.safetensors").exists() and not resume and not dry_run:
+    states = [folder / "state.safetensors", folder / "state.previous.safetensors"]
+    if any(state.exists() for state in states) and not resume and not dry_run:
         raise OutputError(f"{folder}: holds a run already; use --resume to go on, or another folder with -o")
-    if resume and not (folder / "state.safetensors").is_file():
+    if resume and not any(state.is_file() for state in states):
         raise CheckpointError(f"{folder}: holds no run to resume (state.safetensors); start it without --resume")
-    check_writable(folder / "state.safetensors")
+    check_writable(states[0])
     prepare_torch(threads)
     from synthseg.devices import resolve_device
-    from synthseg.training.loop import Trainer
+    from synthseg.training.forecast import check_templates, forecast
+    from synthseg.training.loop import Trainer, check
 
-    trainer = Trainer(config, folder, resolve_device(device), resume)
-    say(trainer.describe())
+    check(config, devices * nodes)
+    notes = check_templates(config)
+    trainer = Trainer(config, folder, resolve_device(device), resume, devices, nodes)
+    tell = functools.partial(typer.echo, err=True) if trainer.is_main else lambda line: None
+    for line in [*forecast(trainer), *(f"note: {note}" for note in notes)]:
+        tell(line)
     if dry_run:
-        say(f"first batch: {trainer.draw_first_batch(folder / 'first_batch.png')}")
+        if trainer.is_main:
+            tell(f"first batch: {trainer.draw_first_batch(folder / 'first_batch.png')}")
         return
     best = trainer.run()
-    say(f"model: {best}; use it with: synthseg segment IN --model {best}")
+    tell(f"model: {best}; use it with: synthseg segment IN --model {best}")
+
+
+def load_recipe(recipe: str, settings: list[str], start: str | None = None) -> TrainConfig:
+    """A recipe with ``--set`` and ``--from`` applied; scheme and templates beside the recipe are taken from there."""
+    from synthseg.config import TrainConfig, parse, read_yaml, resolve_paths, set_by_path
+
+    record = read_yaml(recipe)
+    for assignment in settings:
+        set_by_path(record, assignment)
+    if start:
+        _take_over(record, start)
+    beside = Path(recipe).parent / str(record.get("scheme"))
+    if beside.suffix == ".json" and beside.is_file():
+        record["scheme"] = str(beside)
+    return resolve_paths(parse(TrainConfig, record, recipe), Path(recipe).parent)
+
+
+def _take_over(record: dict[str, Any], model: str) -> None:
+    """Start from a model's weights: network, voxel size and patch are its own where the recipe does not name them."""
+    from synthseg.errors import ConfigError
+    from synthseg.networks.checkpoint import model_path, read_tensors
+
+    file = model_path(model)
+    trained = read_tensors(file)[1].get("config", {})
+    record["init"] = str(file.resolve()) if Path(model).is_file() else model
+    for section, keys in (("network", list(trained.get("network", {}))), ("generator", ["voxel_size_mm", "shape"])):
+        own = record[section] = dict(record.get(section) or {})
+        for key in keys:
+            own.setdefault(key, trained[section][key])
+    other = {k: v for k, v in record["network"].items() if v != trained["network"].get(k, v)}
+    if other and not record.get("grow"):
+        its = ", ".join(f"{key} {trained['network'][key]}" for key in other)
+        ours = ", ".join(f"{key} {value}" for key, value in other.items())
+        raise ConfigError(
+            f"--from {model}: its network has {its}, the recipe {ours}; leave out 'network' and the "
+            "generator's voxel_size_mm and shape to take over the model's, or write a recipe with: synthseg init --from"
+        )

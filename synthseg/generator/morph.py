@@ -90,9 +90,9 @@ def _direction(distance: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
 
 
 def _within(inner: np.ndarray, outer: np.ndarray, thick_mm: float) -> np.ndarray:
-    """0 at the inner side of a layer, 1 from its outer side on; from signed distances to both, whose difference it fills.
+    """0 at the inner side of a layer, 1 from its outer side on, from signed distances to both.
 
-    It begins late, since it will be smoothed and what lies further in must stay.
+    It spans the layer's own thickness and begins late, since it will be smoothed and what lies further in must stay.
     """
     thickness = np.clip(inner - outer, THINNEST_MM, thick_mm)
     part: np.ndarray = np.clip((inner - LATE_MM) / (thickness - LATE_MM), 0, 1)

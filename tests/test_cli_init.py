@@ -1,0 +1,197 @@
+"""`synthseg init` and `synthseg train --from`: what they write, take over and refuse."""
+
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from synthseg.cli import run
+from synthseg.cli.train import load_recipe
+from synthseg.errors import ConfigError
+from synthseg.networks.checkpoint import read_tensors
+from synthseg.templates import load_template
+
+NAMES = "1 Skin\n2 Left-Grey\n3 Right-Grey\n4 White\n5 CSF\n6 Odd-Thing\n"
+TINY = [
+    *("--set", "generator.shape=[16, 24, 16]", "--set", "generator.voxel_size_mm=10.0", "--set", "report=false"),
+    *("--set", "network.channels=[4, 8, 8]", "--set", "generator.subsamples=1", "--set", "steps=2"),
+    *("--set", "validate_every=2", "--set", "validation_contrasts=[t1]", "--set", "precision=fp32", "--device", "cpu"),
+]
+
+
+def head_map(seed: int = 0) -> np.ndarray:
+    """Skin, CSF, grey left and right, white, and a small odd thing; RAS+."""
+    shape = (22, 26, 20)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    radius = np.sqrt((grid**2).sum(0)) * (1 + 0.01 * seed)
+    data = np.zeros(shape, np.int16)
+    for limit, label in ((0.95, 1), (0.8, 5), (0.65, 2), (0.4, 4), (0.15, 6)):
+        data[radius < limit] = label
+    data[(grid[0] > 0) & (data == 2)] = 3
+    return data
+
+
+def write_maps(folder: Path, n: int) -> Path:
+    folder.mkdir()
+    for i in range(n):
+        nib.save(nib.Nifti1Image(head_map(i), np.diag([8.0, 7.5, 9.0, 1.0])), folder / f"m{i}.nii.gz")
+    return folder
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_init_imports_holds_out_and_writes_a_recipe_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_maps(tmp_path / "maps", 5)
+    Path("names.txt").write_text(NAMES)
+    assert run(["init", "mine", "--templates", "maps", "--labels", "names.txt"]) == 0
+    said = capsys.readouterr().err
+    assert "held out: 1 of 5 heads" in said
+    assert "Odd-Thing: no tissue is known by that name" in said
+    assert sorted(os.listdir("mine")) == ["held_out", "recipe.yaml", "scheme.json", "templates"]
+    assert sorted(os.listdir("mine/templates")) == ["m0", "m1", "m3", "m4"]
+    assert os.listdir("mine/held_out") == ["m2"]
+    template = load_template("mine/held_out/m2")
+    assert template.table.names == ["Background", "Skin", "Left-Grey", "Right-Grey", "White", "CSF", "Odd-Thing"]
+    np.testing.assert_array_equal(np.unique(template.labels), range(7))
+    recipe = yaml.safe_load(Path("mine/recipe.yaml").read_text())
+    assert recipe["scheme"] == "scheme.json"
+    assert recipe["generator"]["voxel_size_mm"] == 8.5  # the maps have 8.1 mm
+
+    monkeypatch.chdir("mine")  # found from any folder
+    assert run(["train", str(tmp_path / "mine" / "recipe.yaml"), *TINY]) == 0
+    said = capsys.readouterr().err
+    assert "6 of mine and background: Skin, Left-Grey" in said
+    assert "4 to train on, 1 held out (m2)" in said
+    assert "steps an hour (measured" in said
+    record = read_tensors(Path("runs/mine/best.safetensors"))[1]
+    assert [label["id"] for label in record["labels"]["labels"]] == list(range(7))
+    assert set(record["validation"]["dice"]["t1"]) >= {"Skin", "White", "Odd-Thing"}
+
+
+def test_init_takes_imported_templates_as_they_are(tmp_path: Path) -> None:
+    write_maps(tmp_path / "maps", 2)
+    scheme = {"name": "old", "labels": [{"id": i, "name": f"s{i}"} for i in range(7)]}
+    (tmp_path / "old.json").write_text(json.dumps(scheme))
+    imported = tmp_path / "imported"
+    arguments = ["--scheme", str(tmp_path / "old.json"), "-o", str(imported)]
+    assert run(["templates", "import", str(tmp_path / "maps"), *arguments]) == 0
+    assert run(["init", str(tmp_path / "new"), "--templates", str(imported)]) == 0
+    for name in ("m0", "m1"):
+        old, new = (load_template(folder / name) for folder in (imported, tmp_path / "new" / "templates"))
+        assert (old.labels == new.labels).all()
+        assert new.table.name == "old"
+    assert json.loads((tmp_path / "new" / "scheme.json").read_text())["name"] == "old"
+
+
+def test_init_from_freesurfer_keeps_the_names_of_subjects(tmp_path: Path) -> None:
+    ids = np.array([0, 0, 3, 42, 2, 24, 77])[head_map()]
+    for subject in ("ann", "bob"):
+        (tmp_path / "subjects" / subject / "mri").mkdir(parents=True)
+        image = nib.MGHImage(ids.astype(np.int32), np.diag([2.0, 2.0, 2.0, 1.0]))
+        nib.save(image, tmp_path / "subjects" / subject / "mri" / "aseg.mgz")
+    out = tmp_path / "fs"
+    assert run(["init", str(out), "--templates", str(tmp_path / "subjects")]) == 0
+    assert sorted(os.listdir(out / "templates")) == ["ann", "bob"]
+    template = load_template(out / "templates" / "ann")
+    assert template.table.ids.tolist() == [0, 2, 3, 24, 42, 77]
+    assert template.table[3].partner == 42
+    record = json.loads((out / "templates" / "ann" / "labels.json").read_text())
+    assert record["source"] == os.path.join("ann", "mri", "aseg.mgz")
+    sixteen = tmp_path / "sixteen"
+    assert run(["init", str(sixteen), "--templates", str(tmp_path / "subjects"), "--classes", "siam16"]) == 0
+    assert yaml.safe_load((sixteen / "recipe.yaml").read_text())["scheme"] == "siam16"
+
+
+def test_init_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = str(write_maps(tmp_path / "maps", 2))
+    names = tmp_path / "names.txt"
+    names.write_text(NAMES.replace("5 CSF\n", ""))
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for arguments, word in (
+        (["--templates", str(tmp_path / "nowhere")], "no such folder"),
+        (["--templates", str(tmp_path / "empty")], "holds no label maps"),
+        (["--templates", maps], "--labels FILE"),
+        (["--templates", maps, "--labels", str(tmp_path / "no.txt")], "no such file"),
+        (["--templates", maps, "--labels", str(names)], "no line for the ids [5]"),
+        (["--templates", maps, "--labels", str(names), "--scheme", "head"], "give one of them"),
+        (["--templates", maps, "--scheme", "haed"], "did you mean 'head'?"),
+        (["--templates", maps, "--scheme", "siam16", "--classes", "head"], "does not say"),
+        (["--templates", maps, "--scheme", "siam16", "--from", "nobody"], "nobody: no such weights file"),
+        (
+            ["--templates", maps, "--scheme", "siam16", "--from", "siam16", "--voxel-size", "2"],
+            "leave out --voxel-size",
+        ),
+    ):
+        assert run(["init", str(out), *arguments]) == 2, arguments
+        assert word in one_error(capsys)
+        assert not out.exists()
+    names.write_text(NAMES)
+    assert run(["init", str(out), "--templates", maps, "--labels", str(names), "--classes", "siam16"]) == 2
+    assert "what Odd-Thing is in siam16 cannot be told" in one_error(capsys)
+    assert not out.exists()
+    out.mkdir()
+    (out / "recipe.yaml").write_text("mine")
+    assert run(["init", str(out), "--templates", maps, "--scheme", "siam16"]) == 2
+    assert "exists already" in one_error(capsys)
+    assert (out / "recipe.yaml").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network of siam16 at 10 mm."""
+    out = tmp_path_factory.mktemp("model")
+    assert run(["train", "phantom", "-o", str(out / "run"), *TINY, "--set", "seed=3"]) == 0
+    return out / "run" / "best.safetensors"
+
+
+def test_from_takes_over_network_and_grid(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = write_maps(tmp_path / "maps", 1)
+    (tmp_path / "names.txt").write_text(NAMES)
+    out = tmp_path / "fine"
+    arguments = ["--templates", str(maps), "--labels", str(tmp_path / "names.txt"), "--from", str(model)]
+    assert run(["init", str(out), *arguments]) == 0
+    config = load_recipe(str(out / "recipe.yaml"), [])
+    assert config.init == str(model)
+    assert config.network.channels == (4, 8, 8)
+    assert (config.generator.voxel_size_mm, config.generator.shape) == (10.0, (16, 24, 16))
+
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(f"scheme: {out}/scheme.json\ntemplates: [{out}/templates]\n")
+    short = ["--set", "steps=2", "--set", "generator.subsamples=1", "--set", "report=false", "--device", "cpu"]
+    capsys.readouterr()
+    assert run(["train", str(bare), "--from", str(model), "-o", str(tmp_path / "run"), *short]) == 0
+    said = capsys.readouterr().err
+    assert "6 of fine and background" in said
+    assert f"of the weights from {model}" in said
+    record = read_tensors(tmp_path / "run" / "last.safetensors")[1]
+    assert record["config"]["network"]["channels"] == [4, 8, 8]
+    assert record["earlier"][0]["steps"] == 2
+
+
+def test_what_the_recipe_says_comes_before_the_model(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("generator:\n  voxel_size_mm: 7.0\n  anatomy: {probability: 0.5}\n")
+    config = load_recipe(str(recipe), ["generator.shape=[24, 24, 24]"], str(model))
+    assert config.generator.voxel_size_mm == 7.0
+    assert config.generator.shape == (24, 24, 24)
+    assert config.generator.anatomy.probability == 0.5
+    assert config.network.channels == (4, 8, 8)
+    with pytest.raises(
+        ConfigError, match=r"its network has channels \[4, 8, 8\], the recipe channels \[8, 8, 8\]; leave"
+    ):
+        load_recipe(str(recipe), ["network.channels=[8, 8, 8]"], str(model))
