@@ -6,8 +6,8 @@
 Every row trains the same small network from random weights at 2 mm on the `siam` preset, less what its name says, with
 one thread. The seconds counted are CPU seconds of rendering and training; what is computed once a template (distance
 maps) is not counted. The network is then measured on templates that it has not seen, rendered at 1 mm in five
-contrasts, and, with ``--data``, on two labelled real scans (benchmarks/accuracy.py). The first template is that of the
-rows with one, the first six those of most rows.
+contrasts with the default settings, the same images for every row, and, with ``--data``, on two labelled real scans
+(benchmarks/accuracy.py). The first template is that of the rows with one, the first six those of most rows.
 
 A row that is done is kept in the output file, and one that was stopped goes on from its last saved state. ``--rows``
 takes parts of names, so that several processes can share the work: every row has a file of its own in ``--work``, and
@@ -29,7 +29,7 @@ tune_allocator()
 import torch  # noqa: E402
 from accuracy import held_out_maps, real_scans  # noqa: E402
 
-from synthseg.config import TrainConfig, parse, preset_file, read_yaml, set_by_path  # noqa: E402
+from synthseg.config import GeneratorConfig, TrainConfig, parse, preset_file, read_yaml, set_by_path  # noqa: E402
 from synthseg.networks.checkpoint import load_model  # noqa: E402
 from synthseg.templates import expand  # noqa: E402
 from synthseg.training.loop import Trainer  # noqa: E402
@@ -85,6 +85,8 @@ def recipe(name: str, folders: list[Path], held_out: list[str], seed: int) -> Tr
 def train(config: TrainConfig, folder: Path, cpu_seconds: float) -> Trainer:
     """Train for the CPU time; goes on where an earlier call was stopped. ``state.seconds`` is CPU time here."""
     trainer = Trainer(config, folder, resume=(folder / "state.safetensors").exists())
+    if trainer.state.seconds >= cpu_seconds:
+        return trainer
     stream = SyntheticStream(config, trainer.templates, trainer.target)
     for number in range(10**6, 10**6 + 8 * len(trainer.templates)):
         stream.batch(number)
@@ -107,7 +109,7 @@ def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.work / f"{name.replace(' ', '_').replace(',', '')}_{options.seed}"
     trainer = train(recipe(name, folders, held_out, options.seed), folder, 60 * options.cpu_minutes)
     model = load_model(str(trainer.save_model("last")))
-    maps = held_out_maps(model, [Path(path) for path in held_out])
+    maps = held_out_maps(model, [Path(path) for path in held_out], config=GeneratorConfig())  # the same for all rows
     row = {
         "templates": [t.name for t in trainer.templates],
         "steps": trainer.state.step,

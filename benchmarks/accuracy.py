@@ -24,7 +24,7 @@ tune_allocator()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from synthseg.config import TrainConfig, parse  # noqa: E402
+from synthseg.config import GeneratorConfig, TrainConfig, parse  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
 from synthseg.generator.plan import sample_plan  # noqa: E402
 from synthseg.generator.synthesis import render  # noqa: E402
@@ -90,9 +90,14 @@ def real_scans(model: Model, scans: Path) -> dict[str, Any]:
     }
 
 
-def held_out_maps(model: Model, folders: list[Path], contrasts: tuple[str, ...] = CONTRASTS) -> dict[str, Any]:
-    """Mean Dice over maps, per contrast and structure, of 1 mm renderings with whole heads in view."""
-    config = parse(TrainConfig, model.record["config"], "checkpoint").generator
+def held_out_maps(
+    model: Model, folders: list[Path], contrasts: tuple[str, ...] = CONTRASTS, config: GeneratorConfig | None = None
+) -> dict[str, Any]:
+    """Mean Dice over maps, per contrast and structure, of 1 mm renderings with whole heads in view.
+
+    They are rendered with the settings that the model was trained with, or with those given.
+    """
+    config = config or parse(TrainConfig, model.record["config"], "checkpoint").generator
     base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1})
     trained = set(model.record.get("templates", []))
     rows: dict[str, list[dict[str, float]]] = {contrast: [] for contrast in contrasts}
