@@ -15,6 +15,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "train_your_own.md"
 
 
 @pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.timeout(1800)
 def test_the_walk_through_ends_with_a_segmentation(tmp_path: Path) -> None:
     script = "set -e\n" + "".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))

@@ -1,0 +1,158 @@
+"""Is a volume the same in every contrast and in a second scan, and does it follow a known atrophy?
+
+    python benchmarks/consistency.py --held-out DIR DIR ... [--model siam16] [--out FILE.json]
+
+Heads that no training saw are rendered whole at 1 mm, with the settings that the model was trained with.
+
+contrast   one head in five contrasts: spread of the volume of each structure over them (standard deviation over mean),
+           and mean Dice of each pair of segmentations
+retest     one head twice in one contrast, with other noise, bias field and small movement: difference of the volumes
+           over their mean
+atrophy    T1 images of one head whose cortex has lost 0, 1, 2, 5 and 10 %: change of the volume of grey matter that is
+           measured, against the one that was made; slope of a line through 0, and spread about it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from synthseg.allocator import tune_allocator
+
+tune_allocator()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from synthseg.config import AnatomyConfig, GeneratorConfig, TrainConfig, parse  # noqa: E402
+from synthseg.generator.export import grid_affine  # noqa: E402
+from synthseg.generator.plan import Plan, sample_plan  # noqa: E402
+from synthseg.generator.synthesis import render  # noqa: E402
+from synthseg.inference import Segmentation, segment  # noqa: E402
+from synthseg.metrics import dice_table  # noqa: E402
+from synthseg.networks.checkpoint import Model, load_model  # noqa: E402
+from synthseg.templates import Template, expand, load_template  # noqa: E402
+from synthseg.training.validation import whole_head  # noqa: E402
+from synthseg.volume import Volume  # noqa: E402
+
+CONTRASTS = ("t1", "t2", "flair", "pd", "ct")
+ATROPHY = (0.0, 0.01, 0.02, 0.05, 0.10)
+GREY = "GM"
+
+
+def plan_for(base: GeneratorConfig, template: Template, contrast: str, number: int, atrophy: float = 0.0) -> Plan:
+    config = whole_head(base, contrast)
+    if atrophy > 0:
+        config = config.model_copy(update={"anatomy": AnatomyConfig(atrophy=atrophy)})
+    return sample_plan(config, template.name, template.table, 4242, number)
+
+
+def segmented(model: Model, template: Template, plan: Plan) -> tuple[Segmentation, np.ndarray]:
+    """The segmentation, and the true labels as indices of the template's table."""
+    image, labels = render([template], [plan])
+    return segment(Volume(image[0, 0].numpy(), grid_affine(plan)), model), labels[0].numpy()
+
+
+def over_contrasts(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, Any]:
+    names = [x.name for x in model.labels.labels if x.id > 0]
+    groups = {x.name: ({x.id}, {x.id}) for x in model.labels.labels if x.id > 0}
+    spread: dict[str, list[float]] = {name: [] for name in names}
+    dice: dict[str, list[float]] = {name: [] for name in names}
+    for number, template in enumerate(templates):
+        first = plan_for(base, template, CONTRASTS[0], number)
+        found = []
+        for contrast in CONTRASTS:
+            plan = plan_for(base, template, contrast, number).model_copy(update={"deform": first.deform})
+            found.append(segmented(model, template, plan)[0])
+            print(f"  {template.name} {contrast}", file=sys.stderr, flush=True)
+        for name in names:
+            ml = np.array([one.soft_ml[name] for one in found])
+            spread[name].append(float(ml.std(ddof=1) / max(ml.mean(), 1e-6)))
+        for a, b in combinations(found, 2):
+            for name, value in dice_table(a.labels, b.labels, groups).items():
+                dice[name].append(value)
+    return {
+        "volume_spread": {name: round(float(np.mean(values)), 4) for name, values in spread.items()},
+        "dice_of_pairs": {name: round(float(np.nanmean(values)), 4) for name, values in dice.items()},
+    }
+
+
+def retest(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, float]:
+    names = [x.name for x in model.labels.labels if x.id > 0]
+    differences: dict[str, list[float]] = {name: [] for name in names}
+    for number, template in enumerate(templates):
+        first, second = (plan_for(base, template, "t1", number + 1000 * again) for again in (0, 1))
+        shift = tuple(value + 3.3 for value in first.deform.shift_mm)
+        moved = first.deform.model_copy(update={"shift_mm": shift})
+        second = second.model_copy(update={"deform": moved})
+        a, b = (segmented(model, template, plan)[0].soft_ml for plan in (first, second))
+        print(f"  {template.name} retest", file=sys.stderr, flush=True)
+        for name in names:
+            differences[name].append(abs(a[name] - b[name]) / max((a[name] + b[name]) / 2, 1e-6))
+    return {name: round(float(np.mean(values)), 4) for name, values in differences.items()}
+
+
+def atrophy(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, Any]:
+    points: list[tuple[float, float, float]] = []
+    for number, template in enumerate(templates):
+        grey = np.array([label.tissue == "gm" for label in template.table.labels])
+        made, hard, soft = [], [], []
+        for part in ATROPHY:
+            found, truth = segmented(model, template, plan_for(base, template, "t1", number, part))
+            made.append(float(grey[truth].sum()))
+            hard.append(found.hard_ml[GREY])
+            soft.append(found.soft_ml[GREY])
+            print(f"  {template.name} atrophy {part:.0%}", file=sys.stderr, flush=True)
+        for i in range(1, len(ATROPHY)):
+            points.append((made[i] / made[0] - 1, hard[i] / hard[0] - 1, soft[i] / soft[0] - 1))
+    table = np.array(points)
+    result: dict[str, Any] = {"points": [[round(v, 4) for v in row] for row in table.tolist()]}
+    for column, kind in ((1, "hard"), (2, "soft")):
+        slope = float((table[:, 0] * table[:, column]).sum() / (table[:, 0] ** 2).sum())
+        rest = table[:, column] - slope * table[:, 0]
+        result[kind] = {"slope": round(slope, 3), "scatter": round(float(rest.std(ddof=1)), 4)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="siam16")
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = load_model(options.model)
+    config = parse(TrainConfig, model.record["config"], "checkpoint").generator
+    base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 8})
+    templates = [load_template(path) for path in expand(options.held_out)]
+    seen = {t.name for t in templates} & set(model.record.get("templates", []))
+    if seen:
+        sys.exit(f"{model.name} was trained on {sorted(seen)}; give templates that it has not seen")
+    result: dict[str, Any] = {
+        "model": model.name,
+        "sha256": model.sha256,
+        "maps": [t.name for t in templates],
+        "contrast": over_contrasts(model, base, templates),
+        "retest": retest(model, base, templates),
+        "atrophy": atrophy(model, base, templates),
+    }
+    print(f"{'':24s} {'spread over contrasts':>22s} {'Dice of pairs':>14s} {'retest':>8s}")
+    for name, spread in result["contrast"]["volume_spread"].items():
+        print(
+            f"{name:24s} {spread:22.1%} {result['contrast']['dice_of_pairs'][name]:14.3f} {result['retest'][name]:8.1%}"
+        )
+    for kind in ("hard", "soft"):
+        found = result["atrophy"][kind]
+        print(f"atrophy, {kind} volumes: slope {found['slope']:.2f}, scatter {found['scatter']:.2%} of the grey matter")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
