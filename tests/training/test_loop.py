@@ -1,13 +1,14 @@
 """The training loop: golden losses, resuming bit by bit, and what it refuses before it writes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from synthseg.config import TrainConfig, parse
+from synthseg.config import TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.plan import Plan
 from synthseg.labels import load_scheme
@@ -16,26 +17,8 @@ from synthseg.networks.checkpoint import load_model, read_tensors
 from synthseg.training.loop import Trainer, check
 from synthseg.training.validation import mean_dice, validation_table
 
+MakeConfig = Callable[..., TrainConfig]
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
-
-
-def recipe(folders: dict[str, Path], **changes: Any) -> TrainConfig:
-    record: dict[str, Any] = {
-        "templates": [str(folders["head"]), str(folders["coarse"])],
-        "steps": 6,
-        "precision": "fp32",
-        "report": False,
-        "generator": {"shape": [16, 24, 16], "voxel_size_mm": 2.5, "subsamples": 2},
-        "network": {"channels": [6, 8, 10]},
-        "optimiser": {"warmup_steps": 2, "learning_rate": 0.02},
-    }
-    for key, value in changes.items():
-        node = record
-        *parents, last = key.split("__")
-        for part in parents:
-            node = node[part]
-        node[last] = value
-    return parse(TrainConfig, record, "test")
 
 
 class Recorder(Trainer):
@@ -56,17 +39,17 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def test_losses_are_the_golden_ones(template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_losses_are_the_golden_ones(make_config: MakeConfig, tmp_path: Path) -> None:
     expected = [float(line) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
-    trainer = Recorder(recipe(template_folders), tmp_path)
+    trainer = Recorder(make_config(), tmp_path)
     trainer.run()
     now = "\n".join(f"{loss:.5f}" for loss in trainer.losses)
     assert trainer.losses == pytest.approx(expected, abs=1e-3), f"if the change is meant, write to {GOLDEN}:\n{now}"
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_resuming_is_going_on(optimiser: str, template_folders: dict[str, Path], tmp_path: Path) -> None:
-    config = recipe(template_folders, optimiser__name=optimiser)
+def test_resuming_is_going_on(optimiser: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(optimiser__name=optimiser)
     whole = Recorder(config, tmp_path / "whole")
     whole.run()
     first = Recorder(config, tmp_path / "parts")
@@ -84,18 +67,18 @@ def test_resuming_is_going_on(optimiser: str, template_folders: dict[str, Path],
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_workers_do_not_change_a_run(template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_workers_do_not_change_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
     losses = []
     for workers in (0, 1):
-        trainer = Recorder(recipe(template_folders, workers=workers, steps=2), tmp_path / str(workers))
+        trainer = Recorder(make_config(workers=workers, steps=2), tmp_path / str(workers))
         trainer.run()
         losses.append(trainer.losses)
     assert losses[0] == losses[1]
 
 
-def test_a_run_folder_is_complete(template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_folder_is_complete(template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path) -> None:
     held_out = {"validation_templates": [str(template_folders["other"])], "validation_contrasts": ["t1"]}
-    config = recipe(template_folders, steps=2, validate_every=1, report=True, checkpoint_every_s=1e-3, **held_out)
+    config = make_config(steps=2, validate_every=1, report=True, checkpoint_every_s=1e-3, **held_out)
     best = Trainer(config, tmp_path).run()
     names = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}
     assert names == {
@@ -126,8 +109,8 @@ def test_a_run_folder_is_complete(template_folders: dict[str, Path], tmp_path: P
         assert model.network(torch.rand(1, 1, 16, 24, 16)).shape == (1, 17, 16, 24, 16)
 
 
-def test_the_average_of_the_weights_is_what_is_saved(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    trainer = Trainer(recipe(template_folders, steps=1), tmp_path)
+def test_the_average_of_the_weights_is_what_is_saved(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(steps=1), tmp_path)
     start = {k: v.clone() for k, v in weights_of(trainer.plain).items()}
     trainer.run()
     saved = dict(load_model(tmp_path / "last.safetensors").network.named_parameters())
@@ -139,8 +122,8 @@ def test_the_average_of_the_weights_is_what_is_saved(template_folders: dict[str,
     assert moved > 5e-3
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_plan(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    trainer = Trainer(recipe(template_folders, batch_size=2), tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_with_its_plan(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(batch_size=2), tmp_path / "run")
     trainer.run(until=2)
     kept = read_tensors(tmp_path / "run" / "state.safetensors")[0]
     with torch.no_grad():
@@ -167,9 +150,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_plan(template_folders: dict[st
     ],
 )
 def test_recipes_that_cannot_run_are_refused(
-    changes: dict[str, Any], message: str, template_folders: dict[str, Path], tmp_path: Path
+    changes: dict[str, Any], message: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = recipe(template_folders, **changes)
+    config = make_config(**changes)
     with pytest.raises(ConfigError, match=message):
         check(config)
     with pytest.raises(ConfigError, match=message):
@@ -177,16 +160,19 @@ def test_recipes_that_cannot_run_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_validation_templates_must_be_others(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    config = recipe(template_folders, validation_templates=[str(template_folders["head"])])
+def test_validation_templates_must_be_others(
+    template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(validation_templates=[str(template_folders["head"])])
     with pytest.raises(ConfigError, match=r"\['tiny'\] are also trained on"):
         Trainer(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_validation_needs_exact_labels(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    config = recipe(
-        template_folders,
+def test_validation_needs_exact_labels(
+    template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
         templates=[str(template_folders["head"])],
         validation_templates=[str(template_folders["coarse"])],
     )
@@ -195,14 +181,16 @@ def test_validation_needs_exact_labels(template_folders: dict[str, Path], tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_what_is_not_there(template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_resuming_what_is_not_there(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-        Trainer(recipe(template_folders), tmp_path / "run", resume=True)
+        Trainer(make_config(), tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["network__channels", "templates", "seed", "batch_size"])
-def test_resuming_with_another_recipe_is_refused(key: str, template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_resuming_with_another_recipe_is_refused(
+    key: str, template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
     """The figures and the history in the model file would be false."""
     other = {
         "network__channels": [8, 8, 10],
@@ -210,37 +198,37 @@ def test_resuming_with_another_recipe_is_refused(key: str, template_folders: dic
         "seed": 1,
         "batch_size": 2,
     }
-    Trainer(recipe(template_folders), tmp_path).run(until=1)
+    Trainer(make_config(), tmp_path).run(until=1)
     name = key.partition("__")[0]
     with pytest.raises(ConfigError, match=rf"state\.safetensors: the run was started with other {name}"):
-        Trainer(recipe(template_folders, **{key: other[key]}), tmp_path, resume=True)
-    Trainer(recipe(template_folders, steps=9), tmp_path, resume=True)  # a longer run is another matter
+        Trainer(make_config(**{key: other[key]}), tmp_path, resume=True)
+    Trainer(make_config(steps=9), tmp_path, resume=True)  # a longer run is another matter
 
 
-def test_init_that_does_not_fit_is_refused(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    Trainer(recipe(template_folders), tmp_path / "a").run(until=1)
+def test_init_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    Trainer(make_config(), tmp_path / "a").run(until=1)
     model = str(tmp_path / "a" / "last.safetensors")
     with pytest.raises(ConfigError, match="of the weights"):
-        Trainer(recipe(template_folders, init=model, network__channels=[12, 14, 16]), tmp_path / "b")
-    fitting = Trainer(recipe(template_folders, init=model), tmp_path / "b")
+        Trainer(make_config(init=model, network__channels=[12, 14, 16]), tmp_path / "b")
+    fitting = Trainer(make_config(init=model), tmp_path / "b")
     assert "100% of the weights" in fitting.describe()
     assert [run["steps"] for run in fitting.manifest()["earlier"]] == [1]
 
 
-def test_other_classes_get_a_new_last_layer(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    Trainer(recipe(template_folders), tmp_path / "a").run(until=1)
+def test_other_classes_get_a_new_last_layer(
+    template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    Trainer(make_config(), tmp_path / "a").run(until=1)
     model = str(tmp_path / "a" / "last.safetensors")
     heads = [str(template_folders["head"])]
-    other = Trainer(recipe(template_folders, init=model, scheme="head", templates=heads), tmp_path / "b")
+    other = Trainer(make_config(init=model, scheme="head", templates=heads), tmp_path / "b")
     old, new = read_tensors(Path(model))[0], weights_of(other.plain)
     name = next(name for name in new if "bottleneck" in name)
     torch.testing.assert_close(new[name].detach(), old[name].float())
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
-    template_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    trainer = Trainer(recipe(template_folders), tmp_path)
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(), tmp_path)
     trainer.run(until=1)
     before = {name: tensor.detach().clone() for name, tensor in weights_of(trainer.plain).items()}
     next(trainer.plain.parameters()).register_hook(lambda gradient: gradient * float("inf"))
@@ -251,9 +239,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
     assert (tmp_path / "offending_plan.json").is_file()
 
 
-def test_scoring_some_voxels_of_each_block(template_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_scoring_some_voxels_of_each_block(make_config: MakeConfig, tmp_path: Path) -> None:
     whole, some, all_eight = (
-        Recorder(recipe(template_folders, scored_cells=cells, steps=2), tmp_path / str(cells)) for cells in (0, 2, 8)
+        Recorder(make_config(scored_cells=cells, steps=2), tmp_path / str(cells)) for cells in (0, 2, 8)
     )
     for trainer in (whole, some, all_eight):
         trainer.run()
@@ -265,16 +253,18 @@ def test_scoring_some_voxels_of_each_block(template_folders: dict[str, Path], tm
 # ---------------------------------------------------------------- starting weights and validation
 
 
-def test_starting_from_another_model(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    first = Trainer(recipe(template_folders, steps=1), tmp_path / "a").run()
-    second = Trainer(recipe(template_folders, steps=1, seed=5, init=str(first)), tmp_path / "b")
+def test_starting_from_another_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = Trainer(make_config(steps=1), tmp_path / "a").run()
+    second = Trainer(make_config(steps=1, seed=5, init=str(first)), tmp_path / "b")
     expected = dict(load_model(first).network.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in second.plain.named_parameters())
     assert all(torch.equal(second.ema[name], p) for name, p in second.plain.named_parameters())
 
 
-def test_validation_of_a_perfect_and_a_blind_network(template_folders: dict[str, Path], tmp_path: Path) -> None:
-    config = recipe(template_folders, templates=[str(template_folders["head"])])
+def test_validation_of_a_perfect_and_a_blind_network(
+    template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(templates=[str(template_folders["head"])])
     trainer = Trainer(config, tmp_path)
     target = trainer.target
 
