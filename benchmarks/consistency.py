@@ -6,8 +6,8 @@ Heads that no training saw are rendered whole at 1 mm, with the settings that th
 
 contrast   one head in five contrasts: spread of the volume of each structure over them (standard deviation over mean),
            and mean Dice of each pair of segmentations
-retest     one head twice in one contrast, with other noise, bias field and small movement: difference of the volumes
-           over their mean
+retest     one head twice in one contrast, with other noise, bias field and resolution, a small shift: difference of the
+           volumes over their mean
 atrophy    T1 images of one head whose cortex has lost 0, 1, 2, 5 and 10 %: change of the volume of grey matter that is
            measured, against the one that was made; slope of a line through 0, and spread about it
 """
