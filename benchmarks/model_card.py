@@ -186,8 +186,8 @@ Measured on {len(consistency["maps"])} heads that no training saw, rendered whol
 {table(consistency_header, consistency_rows)}
 
 Atrophy: of the cortex of each head 0, 1, 2, 5 and 10 % were turned to CSF. Of the true change of grey matter the
-network measures {hard["slope"]:.0%} (soft volumes {soft["slope"]:.0%}), with a scatter of {hard["scatter"]:.2%} of the grey
-matter about that line ({soft["scatter"]:.2%}): it sees atrophy, and understates it.
+network measures {hard["slope"]:.0%} (soft volumes {soft["slope"]:.0%}), with a scatter of {hard["scatter"]:.2%} of the
+grey matter about that line ({soft["scatter"]:.2%}): it sees atrophy, and understates it.
 
     python benchmarks/consistency.py --held-out DIR --out benchmarks/results/{model.name}_consistency.json
 
