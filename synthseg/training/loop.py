@@ -216,18 +216,6 @@ class Trainer:
             "validation": self.state.validation,
         }
 
-    def describe(self) -> str:
-        """What will be trained, in one line."""
-        config = self.config
-        shape = " x ".join(map(str, config.generator.shape))
-        where = str(self.fabric.device) if self.fabric.world_size == 1 else f"{self.fabric.world_size} devices"
-        return (
-            f"{config.name}: {len(self.target)} classes of {self.target.name}, {len(self.templates)} templates, "
-            f"{shape} voxels of {config.generator.voxel_size_mm:g} mm, {self.manifest()['parameters'] / 1e6:.1f} M "
-            f"parameters on {where}, from {self.start}, step {self.state.step} of {config.steps}, "
-            f"in {self.folder}"
-        )
-
     def draw_first_batch(self, path: Path) -> Path:
         """A picture of the next batch, to look at before training: image and classes in three planes."""
         import matplotlib.pyplot as plt

@@ -211,7 +211,7 @@ def test_init_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Pa
     with pytest.raises(ConfigError, match="of the weights"):
         Trainer(make_config(init=model, network__channels=[12, 14, 16]), tmp_path / "b")
     fitting = Trainer(make_config(init=model), tmp_path / "b")
-    assert "100% of the weights" in fitting.describe()
+    assert "100% of the weights" in fitting.start
     assert [run["steps"] for run in fitting.manifest()["earlier"]] == [1]
 
 
