@@ -89,13 +89,13 @@ TO_SIAM16 = {
 }
 
 
-@pytest.fixture(params=["brainweb", "head", "siam16"])
+@pytest.fixture(params=["brainweb", "head", "head45", "siam16"])
 def scheme(request: pytest.FixtureRequest) -> LabelTable:
     return load_scheme(request.param)
 
 
 def test_what_ships() -> None:
-    assert available_schemes() == ["brainweb", "head", "siam16"]
+    assert available_schemes() == ["brainweb", "head", "head45", "siam16"]
 
 
 def test_siam16_has_the_published_ids() -> None:
@@ -120,6 +120,33 @@ def test_every_head_label_is_one_siam16_class(head: LabelTable) -> None:
     assert set(mapping) == set(range(17))
 
 
+def test_head45_is_the_head_with_small_structures_merged(head: LabelTable) -> None:
+    head45, siam = load_scheme("head45"), load_scheme("siam16")
+    assert len(head45) == 46
+    kept = [label for label in head.labels if label.id in head45.index_of]
+    assert [(x.id, x.name, x.tissue, x.partner) for x in kept] == [
+        (x.id, x.name, x.tissue, x.partner) for x in head45.labels
+    ]
+    assert all(head.mapping(head45)[head.index_of[label.id]] == head45.index_of[label.id] for label in kept)
+    np.testing.assert_array_equal(head45.mapping(siam)[head.mapping(head45)], head.mapping(siam))
+
+
+def test_siam16_and_head45_say_the_same_of_each_other() -> None:
+    head45, siam = load_scheme("head45"), load_scheme("siam16")
+    np.testing.assert_array_equal(siam.groups(head45), head45.groups(siam).T)
+
+
+def test_brainweb_says_nothing_of_sides_and_the_same_of_both_schemes() -> None:
+    brainweb, head45, siam = (load_scheme(name) for name in ("brainweb", "head45", "siam16"))
+    groups = brainweb.groups(head45)
+    np.testing.assert_array_equal(groups, groups[:, head45.flip])
+    for label, fine, coarse in zip(brainweb.labels, groups, brainweb.groups(siam), strict=True):
+        reached = (fine[:, None] & head45.groups(siam)).any(0)
+        assert (reached <= coarse).all(), label.name  # at least as exact: the cord is never deep white matter
+        if not label.name.startswith("Deep"):
+            np.testing.assert_array_equal(reached, coarse, err_msg=label.name)
+
+
 def test_left_and_right_are_partners_by_name(scheme: LabelTable) -> None:
     for label in scheme.labels:
         if label.name.startswith(("Left-", "Right-")):
@@ -127,7 +154,11 @@ def test_left_and_right_are_partners_by_name(scheme: LabelTable) -> None:
             assert label.partner is not None, label.name
             other = scheme[label.partner]
             assert other.name == label.name.replace(here, there, 1)
-            assert (other.tissue, other.components, other.to) == (label.tissue, label.components, label.to)
+            assert (other.tissue, other.components, set(other.to)) == (label.tissue, label.components, set(label.to))
+            for name, ids in label.to.items():
+                sides = load_scheme(name)
+                mirrored = {i if sides[i].partner is None else sides[i].partner for i in ids}
+                assert set(other.to[name]) == mirrored, label.name
         else:
             assert label.partner is None, label.name
     np.testing.assert_array_equal(scheme.flip[scheme.flip], range(len(scheme)))

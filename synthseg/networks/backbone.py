@@ -14,6 +14,7 @@ from torch import nn
 
 from synthseg.config import NetworkConfig
 from synthseg.errors import ConfigError
+from synthseg.labels import LabelTable
 
 
 def space_to_depth(image: torch.Tensor, factor: int) -> torch.Tensor:
@@ -151,6 +152,30 @@ def grown_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             renamed[name] = tensor
     return renamed
+
+
+@torch.no_grad()
+def with_classes(
+    weights: Mapping[str, torch.Tensor], source: LabelTable, target: LabelTable
+) -> dict[str, torch.Tensor]:
+    """Weights whose last layer, for the classes of ``source``, is made one for those of ``target``.
+
+    Where the scheme of ``target`` says which class of ``source`` each of its labels is part of, the label starts as
+    an equal share of that class: left and right hippocampus as half of the hippocampus each, so that the new network
+    says of the old classes exactly what the old one said. Otherwise the last layer is left out, to start anew.
+    """
+    kept = {name: tensor for name, tensor in weights.items() if "output_block" not in name}
+    if any(source.name not in label.to or len(label.to[source.name]) != 1 for label in target.labels):
+        return kept
+    part_of = torch.from_numpy(target.mapping(source))
+    share = torch.bincount(part_of, minlength=len(source))[part_of].float().log()
+    for name, tensor in weights.items():
+        if "output_block" in name:
+            classes = tensor.unflatten(0, (len(source), -1))[part_of].float()
+            if name.endswith("bias"):
+                classes = classes - share[:, None]
+            kept[name] = classes.flatten(0, 1)
+    return kept
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from synthseg.config import TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.contrast import named_contrasts
-from synthseg.labels import load_scheme
+from synthseg.labels import LabelTable, load_scheme
 from synthseg.networks.backbone import (
     SegmentationNetwork,
     grown_names,
@@ -29,6 +29,7 @@ from synthseg.networks.backbone import (
     space_to_depth,
     transfer,
     weights_of,
+    with_classes,
 )
 from synthseg.networks.checkpoint import model_path, read_tensors, save_model
 from synthseg.templates import expand, load_template
@@ -127,9 +128,9 @@ class Trainer:
 
     def _start_from(self, weights: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Take over the weights that fit. Raises ConfigError if most of the network would start anew."""
-        ids = [label["id"] for label in record.get("labels", {}).get("labels", [])]
-        if ids != self.target.ids.tolist():  # the last layer means other classes, whatever its shape
-            weights = {name: tensor for name, tensor in weights.items() if "output_block" not in name}
+        source = LabelTable.from_dict(record["labels"])
+        if source.ids.tolist() != self.target.ids.tolist():  # the last layer means other classes, whatever its shape
+            weights = with_classes(weights, source, self.target)
         _, fresh = transfer(self.plain, grown_names(weights) if self.config.grow else weights)
         own = weights_of(self.plain)
         new = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())

@@ -8,6 +8,7 @@ import torch
 
 from synthseg.config import NetworkConfig
 from synthseg.errors import ConfigError
+from synthseg.labels import load_scheme
 from synthseg.networks.backbone import (
     SegmentationNetwork,
     depth_to_space,
@@ -16,9 +17,11 @@ from synthseg.networks.backbone import (
     space_to_depth,
     transfer,
     weights_of,
+    with_classes,
 )
 
 CHANNELS = (8, 16, 32)
+TINY = NetworkConfig(channels=CHANNELS)
 NETWORKS = [
     (architecture, norm, subpixel)
     for architecture, norm, subpixel in itertools.product(
@@ -199,3 +202,25 @@ def test_transfer_keeps_what_fits() -> None:
     assert count == len(before) - len(fresh)
     for name, tensor in weights_of(target).items():
         assert torch.equal(tensor, before[name] if name in fresh else weights_of(source)[name])
+
+
+def test_finer_classes_start_as_equal_shares_of_the_old_ones() -> None:
+    coarse, fine = load_scheme("siam16"), load_scheme("head45")
+    old, new = SegmentationNetwork(TINY, len(coarse)), SegmentationNetwork(TINY, len(fine))
+    _, fresh = transfer(new, with_classes(weights_of(old), coarse, fine))
+    assert fresh == []
+    image = torch.rand(1, 1, *[2 * TINY.multiple] * 3)
+    with torch.inference_mode():
+        before, after = old.eval()(image).softmax(1), new.eval()(image).softmax(1)
+    folded = torch.einsum("bcdhw,ck->bkdhw", after, torch.from_numpy(fine.groups(coarse)).float())
+    torch.testing.assert_close(folded, before, rtol=0, atol=1e-5)
+    left, right = fine.index_of[17], fine.index_of[53]
+    torch.testing.assert_close(after[:, left], before[:, 12] / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after[:, left], after[:, right])
+
+
+def test_classes_that_do_not_relate_start_anew() -> None:
+    coarse, fine = load_scheme("siam16"), load_scheme("head45")
+    weights = weights_of(SegmentationNetwork(TINY, len(fine)))
+    kept = with_classes(weights, fine, coarse)  # a class of siam16 is several of head45: nothing to start from
+    assert set(weights) - set(kept) == {name for name in weights if "output_block" in name} != set()
