@@ -15,6 +15,7 @@ from torch import nn
 from synthseg.config import NetworkConfig
 from synthseg.errors import ConfigError
 from synthseg.labels import LabelTable
+from synthseg.networks import layers
 
 
 def space_to_depth(image: torch.Tensor, factor: int) -> torch.Tensor:
@@ -98,6 +99,7 @@ class SegmentationNetwork(nn.Module):
                 f"network: {config.architecture} cannot be built with channels {list(config.channels)} and norm "
                 f"'{config.norm}' ({' '.join(str(error).split())})"
             ) from None
+        self._last = [layers.replace(self.body)]  # in a list, so that its weights are not listed twice
 
     def forward(self, image: torch.Tensor, cells: torch.Tensor | None = None) -> torch.Tensor:
         """All voxels; or, with ``cells``, only those at these positions inside the blocks of the subpixel head.
@@ -107,11 +109,21 @@ class SegmentationNetwork(nn.Module):
         """
         if any(n % self.multiple for n in image.shape[2:]):
             raise ValueError(f"sides must be divisible by {self.multiple}, got {tuple(image.shape)}")
-        factor = self.config.subpixel
-        logits = self.body(image if factor == 1 else space_to_depth(image, factor))
-        if cells is not None:
-            return logits.unflatten(1, (self.n_classes, factor**3)).index_select(2, cells)
-        return logits if factor == 1 else depth_to_space(logits, factor)
+        factor, last = self.config.subpixel, self._last[0]
+        blocks = image if factor == 1 else space_to_depth(image, factor)
+        if image.device.type == "cpu":
+            blocks = blocks.contiguous(memory_format=torch.channels_last_3d)
+        if cells is None:
+            logits = self.body(blocks)
+            return logits if factor == 1 else depth_to_space(logits, factor)
+        if last is None:
+            return self.body(blocks).unflatten(1, (self.n_classes, factor**3)).index_select(2, cells)
+        first = torch.arange(self.n_classes, device=cells.device) * factor**3
+        last.rows = (first[:, None] + cells).flatten()  # what is not scored is not computed
+        try:
+            return self.body(blocks).unflatten(1, (self.n_classes, len(cells)))
+        finally:
+            last.rows = None
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:

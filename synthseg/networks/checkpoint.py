@@ -1,14 +1,18 @@
 """The file of a trained network: weights, config, label table, templates, versions and figures in one safetensors.
 
-Nothing is unpickled, so a weights file cannot run code.
+Nothing is unpickled, so a weights file cannot run code. Everything that its record says is checked before memory is
+asked for on its word: a network is built without memory first, and compared with the tensors of the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,13 @@ from synthseg.networks.backbone import SegmentationNetwork, load_weights, weight
 from synthseg.paths import data_dir
 
 FORMAT = "synthseg-model-1"
+MAX_RECORD_BYTES = 32 * 2**20
+MAX_CLASSES = 255  # class indices are kept as uint8
+MAX_LEVELS = 10
+MAX_WINDOW_VOXELS = 320**3
+VOXEL_SIZES_MM = (0.1, 16.0)
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Model:
     network : (B, 1, D, H, W) intensities in [0, 1] -> logits (B, n_classes, D, H, W).
     voxel_size_mm, window : isotropic voxel size and patch (D, H, W) of its training.
     record : everything else of the file: config, templates, steps, versions, validation figures.
+    path : the file it was read from, if it was; its calibration of quality lies beside it.
     """
 
     network: SegmentationNetwork
@@ -45,6 +57,7 @@ class Model:
     name: str
     sha256: str
     record: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
@@ -66,20 +79,32 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], record: dict[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and record of a file. Raises CheckpointError if it is not one of ours."""
+    with _opened(path) as (file, record):
+        return {key: file.get_tensor(key) for key in file.keys()}, record  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open safetensors file and its record. Whatever is wrong with it inside becomes a CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        record = json.loads(metadata["record"])
-        if not isinstance(record, dict):
-            raise ValueError(f"its record is a {type(record).__name__}")
-        return tensors, record
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a synthseg weights file, or damaged ({' '.join(str(error).split())})"
-        ) from None
+            text = (file.metadata() or {})["record"]
+            if len(text) > MAX_RECORD_BYTES:
+                raise ValueError(f"its record has {len(text)} characters, expected at most {MAX_RECORD_BYTES}")
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                raise ValueError(f"its record is a {type(record).__name__}")
+            yield file, record
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: not a synthseg weights file, or damaged ({_plain(error)})") from None
+
+
+def _plain(error: BaseException, most: int = 300) -> str:
+    """The text of an error on one line: what it quotes of a file may be long, or hold codes that steer a terminal."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def save_model(
@@ -107,11 +132,14 @@ def shipped_models() -> list[str]:
 def model_path(name_or_path: str | Path) -> Path:
     """A weights file: a path, or the name of one that ships."""
     path = Path(name_or_path)
-    if path.is_file():
-        return path
     folder = _weights_folder()
-    if folder and (folder / f"{name_or_path}.safetensors").is_file():
-        return folder / f"{name_or_path}.safetensors"
+    try:
+        if path.is_file():
+            return path
+        if folder and (folder / f"{name_or_path}.safetensors").is_file():
+            return folder / f"{name_or_path}.safetensors"
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"{name_or_path}: cannot be read ({error.strerror}); check the path") from None
     known = ", ".join(shipped_models()) or "none"
     raise CheckpointError(f"{name_or_path}: no such weights file and no such model; models that ship: {known}")
 
@@ -119,26 +147,9 @@ def model_path(name_or_path: str | Path) -> Path:
 def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
     """Load a network for inference. Raises CheckpointError if the file is missing, damaged or of another format."""
     path = model_path(name_or_path)
-    tensors, record = read_tensors(path)
-    if record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: expected format {FORMAT}, got {record.get('format')!r}; update synthseg or the file"
-        )
-    try:
-        config = parse(TrainConfig, record["config"], "its config")
-        labels = LabelTable.from_dict(record["labels"])
-        network = SegmentationNetwork(config.network, len(labels))
-    except (ConfigError, LabelError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: its record is damaged or of another version ({' '.join(str(error).split())}); "
-            "update synthseg or the file"
-        ) from None
-    try:
-        load_weights(network, tensors)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})"
-        ) from None
+    with _opened(path) as (file, record):
+        config, labels = _description(path, record)
+        network = _network(path, config, labels, file)
     return Model(
         network=network.to(device).eval(),
         labels=labels,
@@ -146,6 +157,80 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
         window=config.generator.shape,
         multiple=network.multiple,
         name=path.stem,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=_sha256(path),
+        path=path,
         record=record,
     )
+
+
+def _description(path: Path, record: dict[str, Any]) -> tuple[TrainConfig, LabelTable]:
+    """Config and label table of a record, within the limits of what can be run."""
+    if record.get("format") != FORMAT:
+        got = _plain(ValueError(repr(record.get("format"))), 60)
+        raise CheckpointError(f"{path}: expected format {FORMAT}, got {got}; update synthseg or the file")
+    try:
+        config = parse(TrainConfig, record["config"], "its config")
+        labels = LabelTable.from_dict(record["labels"])
+        _check_limits(config, labels)
+    except (ConfigError, LabelError, AttributeError, *_DAMAGE) as error:
+        raise CheckpointError(
+            f"{path}: its record is damaged or of another version ({_plain(error)}); update synthseg or the file"
+        ) from None
+    return config, labels
+
+
+def _check_limits(config: TrainConfig, labels: LabelTable) -> None:
+    """Raise ValueError where the record asks for more than any scan could be segmented with."""
+    window, voxel_size_mm = config.generator.shape, config.generator.voxel_size_mm
+    if not 2 <= len(labels) <= MAX_CLASSES:
+        raise ValueError(f"it has {len(labels)} labels, expected 2 to {MAX_CLASSES}")
+    if len(config.network.channels) > MAX_LEVELS:
+        raise ValueError(f"its network has {len(config.network.channels)} levels, expected at most {MAX_LEVELS}")
+    if math.prod(window) > MAX_WINDOW_VOXELS:
+        raise ValueError(f"its window is {' x '.join(map(str, window))}, expected at most {MAX_WINDOW_VOXELS} voxels")
+    if not VOXEL_SIZES_MM[0] <= voxel_size_mm <= VOXEL_SIZES_MM[1]:
+        raise ValueError(f"its voxel size is {voxel_size_mm:g} mm, expected {VOXEL_SIZES_MM[0]} to {VOXEL_SIZES_MM[1]}")
+
+
+def _network(path: Path, config: TrainConfig, labels: LabelTable, file: Any) -> SegmentationNetwork:
+    """The network of a config with the weights of an open file, on the CPU."""
+    try:
+        with torch.device("meta"):  # shapes without memory
+            network = SegmentationNetwork(config.network, len(labels))
+        _check_fit(weights_of(network), {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
+        network = network.to_empty(device="cpu")
+        load_weights(network, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        _check_values(weights_of(network))
+    except (ConfigError, RuntimeError, AttributeError, ZeroDivisionError, *_DAMAGE) as error:
+        raise CheckpointError(f"{path}: its weights do not fit its config, or are damaged ({_plain(error)})") from None
+    return network
+
+
+def _check_fit(own: dict[str, torch.Tensor], stored: dict[str, Any]) -> None:
+    """Raise ValueError unless names, shapes and kinds of number of the stored tensors are those of the network."""
+    if set(own) != set(stored):
+        missing, unknown = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
+        raise ValueError(f"missing {missing}, unknown {unknown}")
+    for name, tensor in own.items():
+        shape, dtype = tuple(stored[name].get_shape()), str(stored[name].get_dtype())
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name} has shape {shape}, expected {tuple(tensor.shape)}")
+        if (dtype in _FLOATS) != tensor.is_floating_point():
+            raise ValueError(f"{name} is stored as {dtype}, which is not how a weights file holds it")
+
+
+def _check_values(weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError on weights with which a network computes nothing, without a word."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ValueError(f"{name} is a variance and below zero")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
