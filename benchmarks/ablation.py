@@ -1,7 +1,7 @@
-"""What each part of the generator is worth: equal CPU time for each variant of a small network, then Dice.
+"""What each part of the generator is worth: equal CPU time, or steps, for each variant of a small network, then Dice.
 
     python benchmarks/ablation.py --templates DIR DIR ... --held-out DIR [--data DIR] [--rows TEXT ...]
-                                  [--cpu-minutes 15] [--seed 0] [--out FILE.json]
+                                  [--cpu-minutes 15 | --steps N] [--seed 0] [--out FILE.json]
 
 Every row trains the same small network from random weights at 2 mm on the `siam` preset, less what its name says, with
 one thread. The seconds counted are CPU seconds of rendering and training; what is computed once a template (distance
@@ -60,6 +60,7 @@ ROWS: dict[str, Row] = {
     "nuclei unchanged": (6, ["anatomy.nuclei_probability=0"]),
     "no cortex carved anew": (6, ["anatomy.recarve_probability=0"]),
     "quieter images": (6, ["contrast.std=[0, 0.03]", "artefacts.noise_std=[0, 0.02]"]),
+    "twelve templates": (12, []),
     "all templates": (None, []),
 }
 
@@ -82,17 +83,21 @@ def recipe(name: str, folders: list[Path], held_out: list[str], seed: int) -> Tr
     return parse(TrainConfig, record, name)
 
 
-def train(config: TrainConfig, folder: Path, cpu_seconds: float) -> Trainer:
-    """Train for the CPU time; goes on where an earlier call was stopped. ``state.seconds`` is CPU time here."""
+def train(config: TrainConfig, folder: Path, cpu_seconds: float, steps: int | None) -> Trainer:
+    """Train for the CPU time, or the steps; goes on where an earlier call was stopped. Seconds are CPU time here."""
     trainer = Trainer(config, folder, resume=(folder / "state.safetensors").exists())
-    if trainer.state.seconds >= cpu_seconds:
+
+    def ended() -> bool:
+        return trainer.state.step >= steps if steps else trainer.state.seconds >= cpu_seconds
+
+    if ended():
         return trainer
     stream = SyntheticStream(config, trainer.templates, trainer.target)
     for number in range(10**6, 10**6 + 8 * len(trainer.templates)):
         stream.batch(number)
     trainer.network.train()
     saved = time.monotonic()
-    while trainer.state.seconds < cpu_seconds:
+    while not ended():
         begun = time.process_time()
         trainer.step(stream.batch(trainer.state.step))
         trainer.state.seconds += time.process_time() - begun
@@ -106,8 +111,8 @@ def train(config: TrainConfig, folder: Path, cpu_seconds: float) -> Trainer:
 def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train one row and measure it."""
     folders, held_out = expand(options.templates), [str(path) for path in expand(options.held_out)]
-    folder = options.work / f"{name.replace(' ', '_').replace(',', '')}_{options.seed}"
-    trainer = train(recipe(name, folders, held_out, options.seed), folder, 60 * options.cpu_minutes)
+    folder = options.work / f"{name.replace(' ', '_').replace(',', '')}_{options.seed}{'_steps' * bool(options.steps)}"
+    trainer = train(recipe(name, folders, held_out, options.seed), folder, 60 * options.cpu_minutes, options.steps)
     model = load_model(str(trainer.save_model("last")))
     maps = held_out_maps(model, [Path(path) for path in held_out], config=GeneratorConfig())  # the same for all rows
     row = {
@@ -149,18 +154,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", nargs="*", default=[""], help="parts of the names of rows; default: all")
     parser.add_argument("--cpu-minutes", type=float, default=15.0)
+    parser.add_argument("--steps", type=int, help="train for so many steps, whatever they cost")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--out", type=Path, default=Path("runs/ablation.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
+    length = f"{options.steps}steps" if options.steps else f"{options.cpu_minutes:g}"
     for name in ROWS:
         key = f"{name}, seed {options.seed}"
-        file = options.work / f"{key.replace(' ', '_').replace(',', '')}_{options.cpu_minutes:g}.json"
+        file = options.work / f"{key.replace(' ', '_').replace(',', '')}_{length}.json"
         if any(part in name for part in options.rows) and not file.exists():
             write_text_atomically(file, json.dumps({key: score(name, options)}, indent=2) + "\n")
-        found = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*_{options.cpu_minutes:g}.json"))]
+        found = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*_{length}.json"))]
         done = {k: row for record in found for k, row in record.items()}
         keys = [f"{name}, seed {seed}" for seed in range(100) for name in ROWS]
         done = {key: done[key] for key in keys if key in done}
