@@ -4,7 +4,10 @@
 
 ``--data`` holds ``scans/`` with colin27_t1, colin27_tissues, colin27_aal (MNI; github fangq/mcx; AAL),
 oasis_t1_stripped and its FreeSurfer aseg (github voxelmorph). ``--held-out`` holds imported templates that no
-training saw; each is rendered at 1 mm in five contrasts and goes through the whole of inference.
+training saw; each is rendered at 1 mm in five contrasts with random artefacts, and in four as scanners make them
+(T1 and CT of 1 mm, T2 and FLAIR of 5 mm slices), and goes through the whole of inference.
+
+The labels of a model with more classes are also compared as those of siam16, and on the OASIS scan side by side.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import torch  # noqa: E402
 
 from synthseg.config import GeneratorConfig, TrainConfig, parse  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
-from synthseg.generator.plan import sample_plan  # noqa: E402
+from synthseg.generator.plan import Plan, sample_plan  # noqa: E402
 from synthseg.generator.synthesis import render  # noqa: E402
 from synthseg.inference import segment  # noqa: E402
+from synthseg.labels import LabelTable, load_scheme  # noqa: E402
 from synthseg.metrics import dice_table  # noqa: E402
 from synthseg.networks.checkpoint import Model, load_model  # noqa: E402
 from synthseg.templates import expand, load_template  # noqa: E402
@@ -64,7 +68,12 @@ ASEG = {
     "Amygdala": ({11}, {18, 54}),
     "Hippocampus": ({12}, {17, 53}),
 }
+# FreeSurfer's ids of one structure that the scheme head45 keeps in one class, and ids that have no side.
+ASEG_SAME = {31: 4, 63: 43, 72: 14}
+ASEG_UNSIDED = (24, 30, 62, 77, 80, 85, 251, 252, 253, 254, 255)
 CONTRASTS = ("t1", "t2", "flair", "ct", "random")
+# As scanned: contrast, spacing of the axial slices in mm.
+SCANNED = {"t1, 1 mm": ("t1", 1.0), "t2, 5 mm": ("t2", 5.0), "flair, 5 mm": ("flair", 5.0), "ct, 1 mm": ("ct", 1.0)}
 
 
 def rounded(scores: dict[str, float]) -> dict[str, float]:
@@ -79,15 +88,44 @@ def real_scans(model: Model, scans: Path) -> dict[str, Any]:
     def ids(name: str) -> np.ndarray:
         return load_volume(scans / name).data.astype(np.int32)
 
-    tissues = dice_table(colin.labels, ids("colin27_tissues.nii.gz"), COLIN_TISSUES)
-    nuclei = dice_table(colin.labels, ids("colin27_aal.nii.gz"), COLIN_AAL)
-    aseg = dice_table(oasis.labels, ids("oasis_t1_stripped_aseg.nii.gz"), ASEG)
+    reference = ids("oasis_t1_stripped_aseg.nii.gz")
+    head, brain = as_siam16(colin.labels, model.labels), as_siam16(oasis.labels, model.labels)
+    tissues = dice_table(head, ids("colin27_tissues.nii.gz"), COLIN_TISSUES)
+    nuclei = dice_table(head, ids("colin27_aal.nii.gz"), COLIN_AAL)
+    aseg = dice_table(brain, reference, ASEG)
+    sides = side_by_side(oasis.labels, reference, model.labels)
     return {
         "colin27_tissues": rounded(tissues),
         "colin27_aal": rounded(nuclei),
         "oasis_aseg": rounded({**aseg, "mean": float(np.mean(list(aseg.values())))}),
+        **({"oasis_sides": rounded({**sides, "mean": float(np.mean(list(sides.values())))})} if sides else {}),
         "timings_s": {"colin27": rounded(colin.timings_s), "oasis": rounded(oasis.timings_s)},
     }
+
+
+def as_siam16(labels: np.ndarray, table: LabelTable) -> np.ndarray:
+    """Ids of siam16 for a label map of a scheme that it is part of."""
+    siam16 = load_scheme("siam16")
+    return siam16.ids[table.mapping(siam16)][table.to_index(labels)]
+
+
+def side_by_side(labels: np.ndarray, reference: np.ndarray, table: LabelTable) -> dict[str, float]:
+    """Dice of each FreeSurfer id that the model has; empty if it knows no sides. Voxels without a side are left out."""
+    if not any(label.partner for label in table.labels):
+        return {}
+    told = ~np.isin(reference, ASEG_UNSIDED)
+    merged = reference.copy()
+    for label_id, same in ASEG_SAME.items():
+        merged[reference == label_id] = same
+    groups = {label.name: ({label.id}, {label.id}) for label in table.labels[1:] if (merged == label.id)[told].any()}
+    return dice_table(labels[told], merged[told], groups)
+
+
+def scanned(plan: Plan, slices_mm: float) -> Plan:
+    """The plan with axial slices of this spacing, each as thick, and nothing cropped."""
+    mm = plan.voxel_size_mm
+    grid = {"spacing_mm": (mm, mm, slices_mm), "thickness_mm": (0.0, 0.0, slices_mm if slices_mm > mm else 0.0)}
+    return plan.model_copy(update={"artefacts": plan.artefacts.model_copy(update=grid)})
 
 
 def held_out_maps(
@@ -100,29 +138,35 @@ def held_out_maps(
     config = config or parse(TrainConfig, model.record["config"], "checkpoint").generator
     base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1})
     trained = set(model.record.get("templates", []))
-    rows: dict[str, list[dict[str, float]]] = {contrast: [] for contrast in contrasts}
+    images: dict[str, tuple[str, float | None]] = {contrast: (contrast, None) for contrast in contrasts}
+    images |= SCANNED if contrasts == CONTRASTS else {}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in images}
     for m, folder in enumerate(folders):
         template = load_template(folder)
         if template.name in trained:
             sys.exit(f"{folder}: the model was trained on {template.name}; give templates that it has not seen")
         to_target = model.labels.ids[template.table.mapping(model.labels)]
-        for c, contrast in enumerate(contrasts):
+        for c, (image_name, (contrast, slices_mm)) in enumerate(images.items()):
             plan = sample_plan(whole_head(base, contrast), template.name, template.table, 2026, 100 * m + c)
+            plan = scanned(plan, slices_mm) if slices_mm else plan
             image, labels = render([template], [plan])
             result = segment(Volume(image[0, 0].numpy(), grid_affine(plan)), model)
             groups = {x.name: ({x.id}, {x.id}) for x in model.labels.labels if x.id > 0}
             scores = dice_table(result.labels, to_target[labels[0].numpy()], groups)
-            rows[contrast].append(scores)
-            print(f"  {template.name} {contrast}: {np.nanmean(list(scores.values())):.3f}", file=sys.stderr, flush=True)
+            rows[image_name].append(scores)
+            print(
+                f"  {template.name} {image_name}: {np.nanmean(list(scores.values())):.3f}", file=sys.stderr, flush=True
+            )
     names = [x.name for x in model.labels.labels if x.id > 0]
     table = {
-        contrast: rounded({name: np.nanmean([scores[name] for scores in found]) for name in names})
+        contrast: rounded({name: float(np.nanmean([scores[name] for scores in found])) for name in names})
         for contrast, found in rows.items()
     }
     for row in table.values():
         row["mean"] = round(float(np.nanmean(list(row.values()))), 4)
-    mean = round(float(np.mean([row["mean"] for row in table.values()])), 4)
-    return {"maps": [f.name for f in folders], "contrasts": table, "mean": mean}
+    mean = round(float(np.mean([table[contrast]["mean"] for contrast in contrasts])), 4)
+    as_scanned = {name: table.pop(name) for name in SCANNED if name in table}
+    return {"maps": [f.name for f in folders], "contrasts": table, "mean": mean, "scanned": as_scanned}
 
 
 def print_table(title: str, rows: dict[str, float]) -> None:
@@ -150,14 +194,16 @@ def main() -> None:
         "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
         **real_scans(model, options.data / "scans"),
     }
-    for key in ("colin27_tissues", "colin27_aal", "oasis_aseg"):
-        print_table(key, result[key])
+    for key in ("colin27_tissues", "colin27_aal", "oasis_aseg", "oasis_sides"):
+        if key in result:
+            print_table(key, result[key])
     if options.held_out:
         result["held_out"] = held_out_maps(model, expand(options.held_out))
         print_table(
             "held-out maps, mean per contrast", {c: r["mean"] for c, r in result["held_out"]["contrasts"].items()}
         )
         print(f"  mean {result['held_out']['mean']:.3f}")
+        print_table("held-out maps as scanned", {c: r["mean"] for c, r in result["held_out"]["scanned"].items()})
     result["seconds"] = round(time.perf_counter() - start, 1)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ Heads that no training saw are rendered whole at 1 mm, with the settings that th
 
 contrast   one head in five contrasts: spread of the volume of each structure over them (standard deviation over mean),
            and mean Dice of each pair of segmentations
-retest     one head twice in one contrast, with other noise, bias field and resolution, a small shift: difference of the
-           volumes over their mean
+retest     one head twice in one contrast, with other noise, bias field and resolution, turned by 5 degrees and shifted
+           by 3.3 mm along each axis: coefficient of variation of the volumes, and Dice of the two segmentations
 atrophy    T1 images of one head whose cortex has lost 0, 1, 2, 5 and 10 %: change of the volume of grey matter that is
            measured, against the one that was made; slope of a line through 0, and spread about it
 """
@@ -27,8 +27,11 @@ tune_allocator()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from scipy.linalg import expm  # noqa: E402
+from scipy.ndimage import affine_transform  # noqa: E402
 
 from synthseg.config import AnatomyConfig, GeneratorConfig, TrainConfig, parse  # noqa: E402
+from synthseg.generator.draw import Field3D  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
 from synthseg.generator.plan import Plan, sample_plan  # noqa: E402
 from synthseg.generator.synthesis import render  # noqa: E402
@@ -41,7 +44,7 @@ from synthseg.volume import Volume  # noqa: E402
 
 CONTRASTS = ("t1", "t2", "flair", "pd", "ct")
 ATROPHY = (0.0, 0.01, 0.02, 0.05, 0.10)
-GREY = "GM"
+TURN_DEG, SHIFT_MM = 5.0, 3.3
 
 
 def plan_for(base: GeneratorConfig, template: Template, contrast: str, number: int, atrophy: float = 0.0) -> Plan:
@@ -81,31 +84,65 @@ def over_contrasts(model: Model, base: GeneratorConfig, templates: list[Template
     }
 
 
-def retest(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, float]:
+def turned(plan: Plan, degrees: float, shift_mm: float) -> tuple[Plan, np.ndarray]:
+    """The plan with the head turned about (1, 1, 1) and shifted; and (4, 4), from its voxels to those before."""
+    around = np.cross(np.eye(3), np.full(3, 1 / np.sqrt(3)))
+    turn = expm(np.deg2rad(degrees) * around)
+    half = (np.array(plan.shape) - 1) * plan.voxel_size_mm / 2
+    corners = np.stack(np.meshgrid(*[[-side, side] for side in half], indexing="ij"))
+    moved = np.einsum("ij,jdhw->idhw", turn - np.eye(3), corners) + shift_mm
+    field = Field3D.of(torch.from_numpy(moved).float())
+    deform = plan.deform.model_copy(update={"perturbation_mm": field})
+    voxels = np.eye(4)
+    voxels[:3, :3] = turn
+    middle = half / plan.voxel_size_mm
+    voxels[:3, 3] = middle + shift_mm / plan.voxel_size_mm - turn @ middle
+    return plan.model_copy(update={"deform": deform}), voxels
+
+
+def retest(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, Any]:
+    """One head as T1 twice: other noise, bias field and resolution, turned and moved.
+
+    The labels of the first are brought to the second by nearest neighbour; ``truth`` is what that costs.
+    """
     names = [x.name for x in model.labels.labels if x.id > 0]
-    differences: dict[str, list[float]] = {name: [] for name in names}
+    groups = {x.name: ({x.id}, {x.id}) for x in model.labels.labels if x.id > 0}
+    cv: dict[str, list[float]] = {name: [] for name in names}
+    dice: dict[str, list[float]] = {name: [] for name in names}
+    truth: dict[str, list[float]] = {name: [] for name in names}
     for number, template in enumerate(templates):
         first, second = (plan_for(base, template, "t1", number + 1000 * again) for again in (0, 1))
-        shift = tuple(value + 3.3 for value in first.deform.shift_mm)
-        moved = first.deform.model_copy(update={"shift_mm": shift})
-        second = second.model_copy(update={"deform": moved})
-        a, b = (segmented(model, template, plan)[0].soft_ml for plan in (first, second))
+        again, voxels = turned(second.model_copy(update={"deform": first.deform}), TURN_DEG, SHIFT_MM)
+        (a, true_a), (b, true_b) = (segmented(model, template, plan) for plan in (first, again))
+        to_model = model.labels.ids[template.table.mapping(model.labels)]
         print(f"  {template.name} retest", file=sys.stderr, flush=True)
+        for found, before, after in ((dice, a.labels, b.labels), (truth, to_model[true_a], to_model[true_b])):
+            brought = affine_transform(before, voxels, order=0)
+            for name, value in dice_table(after, brought, groups).items():
+                found[name].append(value)
         for name in names:
-            differences[name].append(abs(a[name] - b[name]) / max((a[name] + b[name]) / 2, 1e-6))
-    return {name: round(float(np.mean(values)), 4) for name, values in differences.items()}
+            pair = np.array([a.soft_ml[name], b.soft_ml[name]])
+            cv[name].append(float(pair.std(ddof=1) / max(pair.mean(), 1e-6)))
+    return {
+        "turn_deg": TURN_DEG,
+        "shift_mm": SHIFT_MM,
+        "cv": {name: round(float(np.mean(values)), 4) for name, values in cv.items()},
+        "dice": {name: round(float(np.nanmean(values)), 4) for name, values in dice.items()},
+        "dice_of_truth": {name: round(float(np.nanmean(values)), 4) for name, values in truth.items()},
+    }
 
 
 def atrophy(model: Model, base: GeneratorConfig, templates: list[Template]) -> dict[str, Any]:
     points: list[tuple[float, float, float]] = []
     for number, template in enumerate(templates):
         grey = np.array([label.tissue == "gm" for label in template.table.labels])
+        names = [label.name for label in model.labels.labels if label.tissue == "gm"]
         made, hard, soft = [], [], []
         for part in ATROPHY:
             found, truth = segmented(model, template, plan_for(base, template, "t1", number, part))
             made.append(float(grey[truth].sum()))
-            hard.append(found.hard_ml[GREY])
-            soft.append(found.soft_ml[GREY])
+            hard.append(sum(found.hard_ml[name] for name in names))
+            soft.append(sum(found.soft_ml[name] for name in names))
             print(f"  {template.name} atrophy {part:.0%}", file=sys.stderr, flush=True)
         for i in range(1, len(ATROPHY)):
             points.append((made[i] / made[0] - 1, hard[i] / hard[0] - 1, soft[i] / soft[0] - 1))
@@ -141,10 +178,14 @@ def main() -> None:
         "retest": retest(model, base, templates),
         "atrophy": atrophy(model, base, templates),
     }
-    print(f"{'':24s} {'spread over contrasts':>22s} {'Dice of pairs':>14s} {'retest':>8s}")
+    print(
+        f"{'':28s} {'spread over contrasts':>22s} {'Dice of pairs':>14s} {'retest CV':>10s} {'Dice':>6s} {'truth':>6s}"
+    )
+    again = result["retest"]
     for name, spread in result["contrast"]["volume_spread"].items():
         print(
-            f"{name:24s} {spread:22.1%} {result['contrast']['dice_of_pairs'][name]:14.3f} {result['retest'][name]:8.1%}"
+            f"{name:28s} {spread:22.1%} {result['contrast']['dice_of_pairs'][name]:14.3f} {again['cv'][name]:10.1%} "
+            f"{again['dice'][name]:6.3f} {again['dice_of_truth'][name]:6.3f}"
         )
     for kind in ("hard", "soft"):
         found = result["atrophy"][kind]
