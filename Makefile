@@ -1,4 +1,4 @@
-# make demo | test | check | bench | bench-generator | clean. Each target makes the .venv it needs.
+# make demo | test | check | bench | bench-generator | image | image-test | clean. Each target makes the .venv it needs.
 # PYTHON is the interpreter that .venv is made with; PIP_FLAGS goes to every install, for example
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 SAMPLE := synthseg/samples/colin27_t1.nii.gz
 BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help demo test check bench bench-generator clean
+.PHONY: help demo test check bench bench-generator image image-test clean
 
 help:
 	@echo "make demo    segment the bundled scan into demo/"
@@ -18,6 +18,8 @@ help:
 	@echo "make check   lint, format, types, import layers"
 	@echo "make bench   run benchmarks/bench_*.py    (make bench BENCHMARKS=benchmarks/bench_x.py)"
 	@echo "make bench-generator   time the generator against its peers   (ARGS='--template DIR --out FILE.json')"
+	@echo "make image   build the container image with docker, podman or buildah   (TORCH=cuda: with CUDA)"
+	@echo "make image-test   run the image as docs/container.md says"
 	@echo "make clean   remove .venv, demo/, builds and caches"
 
 $(BIN)/python:
@@ -62,6 +64,13 @@ bench: .venv/.installed-bench
 
 bench-generator: .venv/.installed-bench
 	$(BIN)/python benchmarks/bench_generator.py $(ARGS)
+
+# Settings of docs/container.md: ENGINE, IMAGE, TORCH, BASE_IMAGE, BUILD_FLAGS, RUN_FLAGS.
+image:
+	docker/image.sh build
+
+image-test:
+	docker/image.sh test
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

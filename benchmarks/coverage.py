@@ -3,7 +3,7 @@
     python benchmarks/coverage.py --data DIR --templates DIR DIR ... [--preset siam] [--n 500] [--out FILE.json]
                                   [--figure FILE.png]
 
-Scans and images are measured as the network sees them: at 1 mm, in [0, 1] (``prediction.conform``).
+Scans and images are measured as the network sees them: at 1 mm, in [0, 1] (``conforming.conform``).
 
 GM/WM, CSF/WM, skull/WM  ratio of the median intensities of tissues without their outermost voxels (skull: all of it);
                          CSF is that of the ventricles, where labels tell them apart
@@ -33,13 +33,13 @@ import torch  # noqa: E402
 from scipy import ndimage  # noqa: E402
 
 from synthseg.config import GeneratorConfig, generator_config  # noqa: E402
+from synthseg.conforming import conform, resample  # noqa: E402
 from synthseg.generator.anomalies import with_anomalies  # noqa: E402
 from synthseg.generator.plan import sample_plan  # noqa: E402
 from synthseg.generator.synthesis import render  # noqa: E402
 from synthseg.inference import segment  # noqa: E402
 from synthseg.labels import tissue_mask  # noqa: E402
 from synthseg.networks.checkpoint import load_model  # noqa: E402
-from synthseg.prediction import conform, resample  # noqa: E402
 from synthseg.templates import Template, expand, load_template  # noqa: E402
 from synthseg.volume import Volume, canonical, load_volume  # noqa: E402
 

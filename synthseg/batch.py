@@ -1,184 +1,388 @@
-"""Segment many scans: every path is checked first, and a scan that fails leaves the others alone."""
+"""Segment many scans: the next one is read and the last one written while the network runs on the one between.
+
+A scan that fails leaves the others alone; a scan whose outputs are all there is skipped; two runs on the same scans
+share them. At most one scan waits on either side of the network, so memory does not grow with the batch.
+"""
 
 from __future__ import annotations
 
-import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from synthseg.errors import InputError, OutputError
-from synthseg.volume import (
-    IMAGE_SUFFIXES,
-    check_readable,
-    check_writable,
-    image_stem,
-    image_suffix,
-    load_volume,
-    save_label_map,
-)
+import nibabel as nib
+import numpy as np
+
+from synthseg.claims import Claim, remove_leftovers
+from synthseg.errors import SynthSegError
+from synthseg.jobs import Job, Wanted
+from synthseg.memory import as_shortage
+from synthseg.resume import check_same, existing, without
+from synthseg.targets import Targets
+from synthseg.volume import Volume, image_suffix, load_volume
+from synthseg.volume_table import Row, VolumeTable
 
 if TYPE_CHECKING:
     import torch
 
-    from synthseg.inference import Model, Segmentation
+    from synthseg.html_report import ReportEntry
+    from synthseg.inference import Model, Options, Segmentation
+    from synthseg.labels import LabelTable
+    from synthseg.quality import Quality
 
+OVERLAP_BYTES = 512 * 2**20  # a scan (with its probabilities) that takes more is read, segmented and written in turn
+POLL_S = 0.5
 
-@dataclass(frozen=True)
-class Job:
-    """One scan: where it is read, and where its segmentation and picture go."""
-
-    source: Path
-    target: Path
-    overview: Path | None = None
-    named: bool = True  # by the user; False if it was found in a folder
+Status = Literal["done", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its segmentation, or the error that ended it."""
+    """What became of a job. Small: arrays are given up when they are written."""
 
     job: Job
-    segmentation: Segmentation | None = None
+    status: Status
     error: Exception | None = None
+    warnings: tuple[str, ...] = ()
+    quality: Quality | None = None
+    timings_s: dict[str, float] = field(default_factory=dict)
+    row: Row | None = None
+    entry: ReportEntry | None = None
 
 
-def find_scans(inputs: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the sorted images in them (hidden files and ``*_seg`` left out)."""
-    scans: list[Path] = []
-    for path in inputs:
-        if not path.is_dir():
-            scans.append(path)
-            continue
-        try:
-            inside = sorted(p for p in path.iterdir() if _is_scan(p))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be listed ({error.strerror}); check its permissions") from error
-        if not inside:
-            raise InputError(f"{path}: no scan in this folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        scans += inside
-    return scans
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all scans of a run.
 
-
-def _is_scan(path: Path) -> bool:
-    named = image_suffix(path) is not None and not image_stem(path).endswith("_seg")
-    return named and not path.name.startswith(".") and path.is_file()
-
-
-def plan_jobs(inputs: Sequence[Path], output: Path | None = None, overview: Path | None = None) -> list[Job]:
-    """Decide what is written where. Nothing is read or written.
-
-    ``output`` is a file for one input file, or a folder; without it the result lies beside its scan as
-    ``<name>_seg.nii.gz``. ``overview`` is the picture of one scan, or a stem for several.
+    Attributes
+    ----------
+    table : where volumes are collected; a scan without a row in it is not done.
+    report : whether each outcome carries an entry for the HTML report.
+    overwrite : do again what is done already.
+    color_folder : where colour tables go, if they are wanted; None: beside each label map.
+    facts : how the segmentations are made, for sidecars.
     """
-    scans = find_scans(inputs)
-    named = {path for path in inputs if not path.is_dir()}
-    one_file = len(inputs) == 1 and not inputs[0].is_dir()
-    if output is not None and not one_file and (image_suffix(output) or output.is_file()):
-        raise OutputError(f"{output}: is a file name, but {len(scans)} scans are to be written; expected a folder")
-    if overview is not None and overview.suffix.lower() != ".png":
-        raise OutputError(f"{overview}: expected a name that ends in .png")
-    jobs = []
-    for scan in scans:
-        picture = overview
-        if overview is not None and len(scans) > 1:
-            picture = overview.with_name(f"{overview.stem}_{image_stem(scan)}{overview.suffix}")
-        jobs.append(Job(scan, _target(scan, output), picture, scan in named))
-    return jobs
 
-
-def _target(scan: Path, output: Path | None) -> Path:
-    name = f"{image_stem(scan)}_seg.nii.gz"
-    if output is None:
-        return scan.parent / name
-    if image_suffix(output) and not output.is_dir():
-        return output
-    if output.suffix and not output.is_dir():
-        raise OutputError(f"{output}: expected an image name ({', '.join(IMAGE_SUFFIXES)}) or a folder")
-    return output / name
-
-
-def check_jobs(jobs: Sequence[Job], table: Path | None = None, overwrite: bool = False) -> None:
-    """Check every path before any work: sources readable; outputs distinct, free and writable.
-
-    An unreadable file among several that a folder holds is left to fail on its own.
-    """
-    for job in jobs:
-        if job.named or len(jobs) == 1:
-            check_readable(job.source)
-    sources = {os.path.realpath(job.source): job.source for job in jobs}
-    writers: dict[str, Path] = {}
-    outputs = [(path, job.source) for job in jobs for path in (job.target, job.overview) if path is not None]
-    if table is not None:
-        outputs.append((table, Path("the table of volumes")))
-    for path, writer in outputs:
-        real = os.path.realpath(path)
-        if real in sources:
-            raise OutputError(f"{path}: is one of the inputs; choose another name for the output")
-        if real in writers:
-            raise OutputError(
-                f"{path}: would be written twice, for {writers[real]} and for {writer}; "
-                "rename one, or segment them into different folders"
-            )
-        writers[real] = writer
-    for path, _ in outputs:
-        if os.path.lexists(path) and not path.is_dir() and not overwrite:
-            raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
-        check_writable(path)
+    wanted: Wanted = field(default_factory=Wanted)
+    table: VolumeTable | None = None
+    report: bool = False
+    overwrite: bool = False
+    color_folder: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def run_jobs(
     jobs: Sequence[Job],
     model: Model,
     device: torch.device | str = "cpu",
-    table: Path | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
     on_step: Callable[[Job, str], None] = lambda job, step: None,
     on_done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Segment every scan. A scan that fails is reported in its outcome, and the others go on.
+    """Segment every scan that is not done yet. Whatever ends one scan is in its outcome, and the others go on.
 
-    The table of volumes is written anew after each scan, so that an interrupted batch keeps what is done.
+    ``on_done`` is called as each scan ends, perhaps from another thread, one call at a time. When this function is
+    interrupted, the scan in the network is given up, and the one that is being written is finished first.
     """
-    from synthseg.reports import volume_row, write_volumes_csv
+    from synthseg.inference import Options
 
-    outcomes: list[Outcome] = []
-    rows: list[dict[str, str | float]] = []
-    for job in jobs:
+    run = _Run(model, device, options or Options(), settings or Settings(), on_step, on_done, len(jobs))
+    remove_leftovers({path.parent for job in jobs for path in job.files()})
+    with run.threads(len(jobs) > 1):
+        others = run.go(jobs)  # those that another run holds come last: it may have done them by then
+        run.go(others, wait=True)
+    rank = {id(job): index for index, job in enumerate(jobs)}
+    return sorted(run.outcomes, key=lambda outcome: rank[id(outcome.job)])
+
+
+@dataclass
+class _Ready:
+    """A job after it was read: a volume to segment, or nothing more to do."""
+
+    job: Job
+    claim: Claim
+    volume: Volume | None = None
+    kept: tuple[Path, ...] = ()
+    busy: bool = False
+    read_s: float = 0.0
+    outcome: Outcome | None = None
+
+
+class _Run:
+    """One run over the jobs: a thread that reads, the calling thread with the network, a thread that writes."""
+
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device | str,
+        options: Options,
+        settings: Settings,
+        on_step: Callable[[Job, str], None],
+        on_done: Callable[[Outcome], None],
+        n_scans: int,
+    ) -> None:
+        self.n_scans = n_scans
+        self.table = model.labels
+        if settings.wanted.scheme is not None:
+            from synthseg.outputs import target_table
+
+            self.table = target_table(model.labels, settings.wanted.scheme)
+        self.model, self.device, self.options, self.settings = model, device, options, settings
+        self.on_step, self.on_done = on_step, on_done
+        self.outcomes: list[Outcome] = []
+        self._colored: set[Path] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._reader: ThreadPoolExecutor | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._read_ahead: Future[_Ready] | None = None
+        self._writing: Future[None] | None = None
+
+    @contextmanager
+    def threads(self, several: bool) -> Iterator[None]:
+        """The two threads; none for a single scan. At the end, however it comes, no claim is left behind."""
+        if not several:
+            yield
+            return
+        with ThreadPoolExecutor(1, "synthseg-read") as reader, ThreadPoolExecutor(1, "synthseg-write") as writer:
+            self._reader, self._writer = reader, writer
+            self._leave_cores_to_the_network()
+            try:
+                yield
+            finally:
+                self._stop.set()
+                if self._read_ahead is not None:
+                    with suppress(Exception):
+                        self._read_ahead.result().claim.release()
+
+    def _leave_cores_to_the_network(self) -> None:
+        """On a CPU, reading and writing must not compete with the network for all cores: its threads would wait."""
+        import torch
+
+        if torch.device(self.device).type == "cpu" and self._reader is not None and self._writer is not None:
+            n_threads = torch.get_num_threads()
+            for executor in (self._reader, self._writer):
+                executor.submit(torch.set_num_threads, 1).result()
+            torch.set_num_threads(n_threads)
+
+    def go(self, jobs: Sequence[Job], wait: bool = False) -> list[Job]:
+        """Do these jobs; return those that another run holds (none if ``wait``)."""
+        busy = []
+        for index, ready in enumerate(self._read_in_turn(jobs, wait)):
+            if ready.busy:
+                busy.append(ready.job)
+            elif ready.outcome is not None:
+                self._done(ready.outcome)
+            else:
+                self._segment(ready, last=index == len(jobs) - 1)
+        self._finish_writing()
+        return busy
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def _read_in_turn(self, jobs: Sequence[Job], wait: bool) -> Iterator[_Ready]:
+        """Each job as it is read; the next one is being read meanwhile, unless it or this one is large."""
+        for job, following in zip_longest(jobs, jobs[1:]):
+            if self._read_ahead is not None:
+                ready = self._read_ahead.result()
+                self._read_ahead = None
+            else:
+                self.on_step(job, "waiting for another run" if wait else "read")
+                ready = self._read(job, wait)
+            small = ready.volume is None or ready.volume.data.nbytes <= OVERLAP_BYTES
+            if following is not None and self._reader is not None and small and _n_bytes(following) <= OVERLAP_BYTES:
+                self._read_ahead = self._reader.submit(self._read, following, wait)
+            yield ready
+
+    def _read(self, job: Job, wait: bool) -> _Ready:
+        """Claim a job, see what is left to do, and read its scan."""
+        start = time.perf_counter()
+        ready = _Ready(job, Claim(job.targets.labels))
         try:
-            segmentation = run_job(job, model, device, lambda step, job=job: on_step(job, step))  # type: ignore[misc]
-            if table is not None:
-                rows.append(volume_row(str(job.source), segmentation, model.labels))
-                write_volumes_csv(table, rows)
-            outcome = Outcome(job, segmentation)
+            while not ready.claim.take(POLL_S if wait else 0.0):
+                if not wait or self._stop.is_set():
+                    ready.busy = True
+                    return ready
+            if not self.settings.overwrite:
+                there = existing(job, self.settings.wanted, self.table)
+                table = self.settings.table
+                if there.whole and (table is None or job.name in table):
+                    ready.outcome = self._skipped(job)
+                    ready.claim.release()
+                    return ready
+                ready.kept = there.kept
+            ready.volume = load_volume(job.source)
         except Exception as error:  # whatever it was, the other scans go on; the caller decides what to say
-            outcome = Outcome(job, error=error)
-        outcomes.append(outcome)
-        on_done(outcome)
-    return outcomes
+            ready.claim.release()
+            ready.outcome = self._failed(job, error)
+        except BaseException:
+            ready.claim.release()
+            raise
+        ready.read_s = time.perf_counter() - start
+        return ready
+
+    def _skipped(self, job: Job) -> Outcome:
+        if self.settings.wanted.color_tables:
+            self._write_color_tables(self.settings.color_folder or job.targets.labels.parent, self.table)
+        row = self.settings.table.row(job.name) if self.settings.table is not None else None
+        entry = None
+        if self.settings.report:
+            from synthseg.html_report import skipped_entry
+
+            entry = skipped_entry(job.name, row=row)
+            if self.settings.wanted.spacing_mm is None:
+                with suppress(SynthSegError):  # of a scan that cannot be read any more the row alone is shown
+                    volume = load_volume(job.source)
+                    labels = np.asarray(nib.load(job.targets.labels).dataobj)
+                    entry = skipped_entry(
+                        job.name, row=row, volume=volume, labels=labels, table=self.table, n_scans=self.n_scans
+                    )
+        return Outcome(job, "skipped", row=row, entry=entry)
+
+    # ------------------------------------------------------------------------------------ network and writing
+
+    def _segment(self, ready: _Ready, last: bool) -> None:
+        from synthseg.inference import segment
+
+        assert ready.volume is not None
+        job, step = ready.job, self.on_step
+        mine = True  # until the writing thread has it
+        try:
+            if ready.volume.data.nbytes > OVERLAP_BYTES:
+                self._finish_writing()
+            segmentation = segment(
+                ready.volume, self.model, self.device, self.options, on_step=lambda name: step(job, name)
+            )
+            self._finish_writing()
+            size = ready.volume.data.nbytes + segmentation.labels.nbytes
+            if segmentation.posteriors is not None:
+                size += segmentation.posteriors.values.nbytes
+            mine = False
+            if self._writer is None or last or size > OVERLAP_BYTES:
+                step(job, "write")
+                self._write(ready, segmentation)
+            else:
+                self._writing = self._writer.submit(self._write, ready, segmentation)
+        except Exception as error:
+            if not mine:
+                raise
+            self._done(self._failed(job, error))
+        finally:
+            if mine:
+                ready.claim.release()
+
+    def _finish_writing(self) -> None:
+        """Wait until the last scan is written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, ready: _Ready, segmentation: Segmentation) -> None:
+        """Write all files of a scan, then its row; the claim is held until then."""
+        job, volume, start = ready.job, ready.volume, time.perf_counter()
+        ready.volume = None
+        assert volume is not None
+        outcome = None
+        try:
+            if self.settings.wanted.scheme is not None:
+                from synthseg.outputs import relabelled
+
+                segmentation = relabelled(segmentation, self.settings.wanted.scheme)
+            self._write_files(job, ready.kept, volume, segmentation)
+            timings_s = {
+                "read": ready.read_s, **segmentation.timings_s, "write": time.perf_counter() - start
+            }  # fmt: skip
+            segmentation.timings_s = timings_s
+            outcome = self._summary(job, volume, segmentation)
+            if self.settings.table is not None and outcome.row is not None:
+                self.settings.table.add(outcome.row)
+        except Exception as error:
+            outcome = self._failed(job, error)
+        finally:
+            ready.claim.release()
+        self._done(outcome)
+
+    def _write_files(self, job: Job, kept: tuple[Path, ...], volume: Volume, segmentation: Segmentation) -> None:
+        from synthseg.outputs import write_outputs
+
+        wanted = self.settings.wanted
+        labels = job.targets.labels
+        scratch = labels.with_name(f".synthseg-{uuid.uuid4().hex}{image_suffix(labels)}")
+        todo = without(job, kept, scratch) if kept else job
+        try:
+            if labels in kept:
+                write_outputs(
+                    Targets(scratch), volume, segmentation, spacing_mm=wanted.spacing_mm, scheme=wanted.scheme
+                )
+                check_same(scratch, labels)
+            if todo.targets.paths() != [scratch]:
+                write_outputs(todo.targets, volume, segmentation, spacing_mm=wanted.spacing_mm, scheme=wanted.scheme)
+        finally:
+            with suppress(OSError):
+                scratch.unlink()
+        if todo.overview is not None:
+            from synthseg.reports import write_overview
+
+            write_overview(todo.overview, volume, segmentation.labels, segmentation.table, title=job.source.name)
+        if job.sidecars is not None:
+            job.sidecars.write(segmentation, self.settings.facts, kept)
+        if wanted.color_tables:
+            self._write_color_tables(self.settings.color_folder or labels.parent, self.table)
+
+    def _write_color_tables(self, folder: Path, table: LabelTable) -> None:
+        """Once for each folder; tables that are there stay."""
+        from synthseg.color_tables import color_table_paths, write_all
+
+        if folder not in self._colored:
+            if self.settings.overwrite or not all(path.exists() for path in color_table_paths(folder, table)):
+                write_all(folder, table)
+            self._colored.add(folder)
+
+    def _summary(self, job: Job, volume: Volume, segmentation: Segmentation) -> Outcome:
+        from synthseg.reports import volume_row
+
+        entry = None
+        if self.settings.report:
+            from synthseg.html_report import report_entry
+
+            entry = report_entry(job.name, volume, segmentation, n_scans=self.n_scans)
+        return Outcome(
+            job,
+            "done",
+            warnings=tuple(segmentation.warnings),
+            quality=segmentation.quality,
+            timings_s=segmentation.timings_s,
+            row=volume_row(job.name, segmentation, segmentation.table),
+            entry=entry,
+        )
+
+    def _failed(self, job: Job, error: Exception) -> Outcome:
+        shortage = as_shortage(error) or (as_shortage(error.__cause__) if error.__cause__ is not None else None)
+        error = shortage or error
+        entry = None
+        if self.settings.report:
+            from synthseg.html_report import failed_entry
+
+            entry = failed_entry(job.name, str(error))
+        return Outcome(job, "failed", error, entry=entry)
+
+    def _done(self, outcome: Outcome) -> None:
+        with self._lock:
+            self.outcomes.append(outcome)
+            self.on_done(outcome)
 
 
-def run_job(
-    job: Job,
-    model: Model,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[str], None] = lambda step: None,
-) -> Segmentation:
-    """Read, segment and write one scan; the timings gain the steps ``read`` and ``write``."""
-    from synthseg.inference import segment
-    from synthseg.reports import write_overview
-
-    on_step("read")
-    start = time.perf_counter()
-    volume = load_volume(job.source)
-    read_s = time.perf_counter() - start
-    segmentation = segment(volume, model, device, on_step=on_step)
-    on_step("write")
-    start = time.perf_counter()
-    save_label_map(job.target, segmentation.labels, volume, model.labels.ids)
-    if job.overview is not None:
-        write_overview(job.overview, volume, segmentation.labels, model.labels, title=job.source.name)
-    write_s = time.perf_counter() - start
-    segmentation.timings_s = {"read": read_s, **segmentation.timings_s, "write": write_s}
-    return segmentation
+def _n_bytes(job: Job) -> int:
+    """What the voxels of a scan take in memory; 0 if its header cannot be read."""
+    try:
+        return int(np.prod(nib.load(job.source).shape, dtype=np.int64)) * 4
+    except Exception:  # reading it will say what is wrong
+        return 0

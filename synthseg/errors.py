@@ -39,5 +39,9 @@ class DeviceError(SynthSegError):
     """A device that was asked for and is not there. Never replaced by another device silently."""
 
 
+class MemoryShortageError(SynthSegError):
+    """The machine, container or job has too little memory for what was asked."""
+
+
 class TrainingError(SynthSegError):
     """A training run that cannot go on, for example because the loss is not finite."""

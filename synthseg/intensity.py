@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,12 +18,17 @@ def looks_like_hounsfield(image: torch.Tensor) -> bool:
     below zero; of the rest, the median is soft tissue or bone and a part lies in the range of brain and water; and the
     air is noisy or there is fat. An MR image with a negative fill value has one value there, and nothing up to zero.
     """
-    if float(image.min()) > -200.0:
+    low = float(image.min())
+    return low <= -200.0 and is_hounsfield(_spread_sample(image.flatten()), low, float(image.max()))
+
+
+def is_hounsfield(sample: torch.Tensor, low: float, high: float) -> bool:
+    """`looks_like_hounsfield` of an image with these extremes, from a sample of its voxels, `spread_index`."""
+    if low > -200.0:
         return False
-    sample = _spread_sample(image.flatten())
     air = (sample < -500.0).float().mean()
     head = sample[sample > -500.0]
-    if air < 0.01 or head.numel() < 100 or float(image.max()) <= 100.0:
+    if air < 0.01 or head.numel() < 100 or high <= 100.0:
         return False
     brain = ((head > 0) & (head < 100)).float().mean()
     fat = ((head > -300) & (head < -20)).float().mean()
@@ -36,14 +42,20 @@ def fill_as_air(image: torch.Tensor) -> torch.Tensor:
     Standardised skull-stripped scans hold zero around a brain of positive and negative values.
     """
     corners = image[:: max(1, image.shape[0] - 1), :: max(1, image.shape[1] - 1), :: max(1, image.shape[2] - 1)]
-    value = corners.flatten().median()
     lowest = image.min()
-    if value == lowest or (corners == value).float().mean() < 0.6:
-        return image
-    filled = image == value
-    if filled.float().mean() < 0.2:
-        return image
-    return torch.where(filled, lowest, image)
+    value = filled_with(corners, float(lowest), lambda value: float((image == value).float().mean()))
+    return image if value is None else torch.where(image == value, lowest, image)
+
+
+def filled_with(corners: torch.Tensor, lowest: float, share: Callable[[float], float]) -> float | None:
+    """The value that `fill_as_air` takes as air; None if there is none beside the lowest.
+
+    ``share`` says which part of the image, 0 to 1, has a value.
+    """
+    value = float(corners.flatten().median())
+    if value == lowest or (corners == value).float().mean() < 0.6 or share(value) < 0.2:
+        return None
+    return value
 
 
 def finite(image: torch.Tensor) -> torch.Tensor:
@@ -61,7 +73,10 @@ def _floor_and_foreground(image: torch.Tensor, low: float = 0.01) -> tuple[torch
     """The ``low`` percentile of an image, and a sample of the voxels that are not background."""
     sample = _spread_sample(image.flatten())
     floor = _quantile(sample, low)
-    return floor, sample[sample > floor + 0.1 * (sample.mean() - floor)]
+    mean = sample.mean()
+    if not bool(torch.isfinite(mean)):  # the sum was larger than the largest number
+        mean = sample.double().mean().float()
+    return floor, sample[sample > floor + 0.1 * (mean - floor)]
 
 
 def foreground(image: torch.Tensor) -> tuple[float, float]:
@@ -80,11 +95,13 @@ def normalise(image: torch.Tensor, low: float = 0.01, high: float = 0.99) -> tor
     image = finite(image.float())
     floor, sample = _floor_and_foreground(image, low)
     if sample.numel() < 2:
-        lower, upper = image.min(), image.max()
-        return torch.zeros_like(image) if upper <= lower else (image - lower) / (upper - lower)
-    ceiling = _quantile(sample, high)
+        floor, ceiling = image.min(), image.max()
+    else:
+        ceiling = _quantile(sample, high)
     if ceiling <= floor:
         return torch.zeros_like(image)
+    if not bool(torch.isfinite(ceiling - floor)):  # larger than the largest number
+        return normalise(image * 2.0**-30, low, high)
     return (image - floor).div_(ceiling - floor).clamp_(0.0, 1.0)
 
 
@@ -100,13 +117,15 @@ def _quantile(sample: torch.Tensor, q: float) -> torch.Tensor:
 
 def _spread_sample(values: torch.Tensor, most: int = 200_000) -> torch.Tensor:
     """At most ``most`` of the values, spread evenly by the golden ratio: a fixed stride could hit few planes only."""
-    n = values.numel()
-    if n <= most:
-        return values
-    return values.index_select(0, _spread_index(n, most, values.device))
+    return (
+        values if values.numel() <= most else values.index_select(0, spread_index(values.numel(), most, values.device))
+    )
 
 
 @lru_cache(maxsize=4)
-def _spread_index(n: int, most: int, device: torch.device) -> torch.Tensor:
+def spread_index(n: int, most: int = 200_000, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Positions of at most ``most`` of ``n`` values, spread evenly, int64."""
+    if n <= most:
+        return torch.arange(n, device=device)
     fraction = (torch.arange(most, dtype=torch.float64, device="cpu") * 0.6180339887498949) % 1.0
     return (fraction * n).long().to(device)

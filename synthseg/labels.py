@@ -27,6 +27,7 @@ PARENCHYMA_TISSUES = frozenset(
 )
 BRAIN_TISSUES = PARENCHYMA_TISSUES | {"ventricle"}
 INTRACRANIAL_TISSUES = BRAIN_TISSUES | {"csf"}
+MAX_ID = 32767  # label maps are stored as int16 at most
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class LabelTable:
             raise LabelError(f"scheme '{self.name}' defines the ids {twice} more than once; give each label its own id")
         if not ids or ids[0] != 0:
             raise LabelError(f"scheme '{self.name}' must begin with label 0 (background)")
+        names = [label.name for label in self.labels]
+        if len(set(names)) != len(names):
+            same = sorted({name for name in names if names.count(name) > 1})
+            raise LabelError(f"scheme '{self.name}' has several labels named {same}; give each label its own name")
         for label in self.labels:
             if label.partner is not None and (label.partner not in ids or self[label.partner].partner != label.id):
                 raise LabelError(
@@ -189,8 +194,42 @@ class LabelTable:
             fields = dict(entry)
             fields["color"] = tuple(fields.get("color", (128, 128, 128)))
             fields["to"] = {scheme: tuple(ids) for scheme, ids in fields.get("to", {}).items()}
-            labels.append(Label(**fields))
-        return cls(record["name"], tuple(labels), record.get("description", ""))
+            labels.append(_checked(Label(**fields)))
+        name, description = record["name"], record.get("description", "")
+        if not (_is_name(name) and isinstance(description, str)):
+            raise LabelError(f"a scheme has the name {name!r:.60}; expected plain text without '/' or '\\'")
+        return cls(name, tuple(labels), description)
+
+
+def _is_name(text: object) -> bool:
+    """Whether this can stand in a table, on a terminal and in a file name as it is."""
+    if not (isinstance(text, str) and 0 < len(text) <= 100):
+        return False
+    return text.isprintable() and not set(text) & set("/\\") and not text.startswith((".", " "))
+
+
+def _is_id(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= MAX_ID
+
+
+def _checked(label: Label) -> Label:
+    """The label, if every field is what it should be: a scheme may come with a file of weights, from anywhere."""
+    numbers = [*([] if label.partner is None else [label.partner]), *(i for ids in label.to.values() for i in ids)]
+    problems = {
+        f"id {label.id!r:.30} (expected 0 to {MAX_ID})": not _is_id(label.id),
+        f"name {label.name!r:.60} (expected plain text without '/' or '\\')": not _is_name(label.name),
+        f"colour {label.color!r:.60} (expected three numbers from 0 to 255)": not (
+            len(label.color) == 3 and all(_is_id(c) and c <= 255 for c in label.color)
+        ),
+        f"tissue {label.tissue!r:.60} (expected its name)": not _is_name(label.tissue),
+        f"components {label.components!r:.30} (expected a number)": not _is_id(label.components),
+        "a partner or a relation to something that is no id": not all(_is_id(i) for i in numbers),
+        "a relation to a scheme without a name": not all(_is_name(scheme) for scheme in label.to),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise LabelError(f"a label of the scheme has {problem}; mend the scheme file")
+    return label
 
 
 def tissue_mask(table: LabelTable, tissues: Collection[str]) -> np.ndarray:

@@ -1,30 +1,30 @@
-"""From a scan to the network and back: crop to the head, conform to the network's grid, predict, resample.
+"""From the network's input to probabilities: in one go or in tiles, once or as the mean of several members.
 
-Shared by inference and by the validation of a training on real scans, so that both see a scan in the same way.
+A member is one way to look at the same image: mirrored, moved by some voxels, with inverted intensities, or at another
+resolution. Each runs in turn, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from synthseg import intensity
 from synthseg.devices import has_native_bf16
-from synthseg.errors import InputError
+from synthseg.errors import CheckpointError
 from synthseg.labels import LabelTable
-from synthseg.volume import Volume, apply_separable, centred_matrix
+from synthseg.volume import apply_separable, centred_matrix
 
-WHOLE_RUN_VOXELS = 12_000_000  # a larger grid runs in tiles, so that memory stays bounded
+WHOLE_RUN_VALUES = 420_000_000  # voxels times classes; a larger grid runs in tiles, so that memory stays bounded
+WHOLE_RUN_VOXELS = 16_000_000  # the same for the inner layers of the network, which do not grow with the classes
 WINDOW_OVERLAP = 0.25
-MAX_GRID_VOXELS = 80_000_000  # about 8 GB with 17 classes
 SOFTMAX_VOXELS = 1_000_000  # converted at once
-HEAD_GRID_MM = 4.0
-HEAD_THRESHOLD = 0.15  # of the median intensity of the foreground; what is darker everywhere beyond a plane is air
-HEAD_MARGIN_MM = 15.0
-SLAB_BYTES = 256 * 2**20  # of probabilities held at once while they are resampled
+SLAB_PLANES = 8  # of probabilities compared at once
+INVERSION_FLOOR = 0.1  # of the intensity range: what is darker is taken as air
 
 
 class Model(Protocol):
@@ -46,84 +46,33 @@ class Model(Protocol):
     def multiple(self) -> int: ...
 
 
-# ---------------------------------------------------------------------------------------- scan to network
+@dataclass(frozen=True)
+class Member:
+    """One way to look at an image.
 
-
-Box = tuple[slice, slice, slice]
-
-
-def head_box(ras: Volume) -> Box:
-    """The part of the field of view that holds the head, with a margin; the rest is air. In voxels of ``ras``.
-
-    Looked for on a coarse grid, where noise is averaged away. Saves most of the time and memory of a scan with much
-    air around the head, and makes the result independent of how much air there is.
+    Attributes
+    ----------
+    mirrored : left and right are exchanged before the network, and back after it.
+    shift : voxels that the image is moved by along each axis; the network's own grid of blocks then lies elsewhere.
+    inverted : bright tissue is dark and dark tissue bright; air stays dark.
+    zoom : the image is enlarged by this factor; 1.0 leaves the resolution as it is.
     """
-    coarse = resample(ras, HEAD_GRID_MM)
-    floor, median = intensity.foreground(coarse)
-    seen = coarse > floor + HEAD_THRESHOLD * (median - floor)  # the median, so that a bright object decides nothing
-    sides = []
-    for axis in range(3):
-        n, spacing = ras.data.shape[axis], ras.spacing_mm[axis]
-        planes = torch.nonzero(
-            seen.any(dim=(axis + 1) % 3, keepdim=True).any(dim=(axis + 2) % 3, keepdim=True).flatten()
-        )
-        if len(planes) == 0:
-            return slice(None), slice(None), slice(None)
-        first_mm = (float(planes[0]) - coarse.shape[axis] / 2) * HEAD_GRID_MM - HEAD_MARGIN_MM
-        last_mm = (float(planes[-1]) + 1 - coarse.shape[axis] / 2) * HEAD_GRID_MM + HEAD_MARGIN_MM
-        start = max(0, int(np.floor(first_mm / spacing + n / 2)))
-        stop = min(n, int(np.ceil(last_mm / spacing + n / 2)))
-        sides.append(slice(start, max(stop, start + 1)))
-    return sides[0], sides[1], sides[2]
+
+    mirrored: bool = False
+    shift: tuple[int, int, int] = (0, 0, 0)
+    inverted: bool = False
+    zoom: float = 1.0
 
 
-def crop(ras: Volume, box: Box) -> Volume:
-    """A part of a volume, with the affine of its own first voxel."""
-    affine = ras.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ [side.start or 0 for side in box]
-    return Volume(ras.data[box], affine)
+class Prediction(NamedTuple):
+    """Class probabilities, float16 (C, D, H, W) on the CPU, and how well the members agree.
 
-
-def check_size(ras: Volume, voxel_size_mm: float) -> None:
-    """Refuse a field of view whose probabilities would not fit into memory: most often a wrong voxel size."""
-    n = float(np.prod([float(side) for side in grid_shape(ras, voxel_size_mm)]))
-    if n > MAX_GRID_VOXELS:
-        extent = " x ".join(f"{side:.0f}" for side in ras.extent_mm)
-        spacing = " x ".join(f"{side:.3g}" for side in ras.spacing_mm)
-        raise InputError(
-            f"the field of view is {extent} mm ({spacing} mm voxels), too large for a head; "
-            "correct the voxel size in the header, or crop the scan to the head"
-        )
-
-
-def grid_shape(ras: Volume, voxel_size_mm: float) -> tuple[int, int, int]:
-    """Size of the isotropic grid that covers the field of view, at least one voxel along each axis."""
-    d, h, w = (max(1, int(np.ceil(extent / voxel_size_mm - 1e-3))) for extent in ras.extent_mm)
-    return d, h, w
-
-
-def conform(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
-    """The network's input: finite, windowed if CT, isotropic, anti-aliased, in [0, 1]; float32 (D, H, W).
-
-    The grid shares its centre with the field of view of the scan.
+    ``agreement`` is, for each class, the Dice between the labels of one member and those of the mean, averaged over
+    the members, float64 (C,); NaN where no member found the class, None for a single member.
     """
-    return intensity.normalise(resample(ras, voxel_size_mm))
 
-
-def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
-    """Finite intensities, windowed if CT, on the isotropic grid; float32 (D, H, W)."""
-    image = torch.from_numpy(np.ascontiguousarray(ras.data, dtype=np.float32))
-    image = intensity.fill_as_air(intensity.finite(image))
-    if intensity.looks_like_hounsfield(image):
-        image = image.clamp(*intensity.CT_WINDOW_HU)
-    matrices = [
-        centred_matrix(n_in, n_out, spacing, voxel_size_mm)
-        for n_in, n_out, spacing in zip(image.shape, grid_shape(ras, voxel_size_mm), ras.spacing_mm, strict=True)
-    ]
-    return apply_separable(image[None], matrices)[0]
-
-
-# ------------------------------------------------------------------------------------------------ network
+    probabilities: torch.Tensor
+    agreement: np.ndarray | None
 
 
 def predict(
@@ -131,93 +80,196 @@ def predict(
     model: Model,
     device: torch.device,
     *,
-    tta: bool = False,
+    members: Sequence[Member] = (Member(),),
     mixed_precision: bool = True,
 ) -> torch.Tensor:
-    """Class probabilities, float16 (C, D, H, W) on the CPU, of a conformed image (D, H, W)."""
+    """Class probabilities, float16 (C, D, H, W) on the CPU, of a conformed image (D, H, W): the mean of the members."""
+    return predict_with_agreement(image, model, device, members, mixed_precision).probabilities
+
+
+def predict_with_agreement(
+    image: torch.Tensor,
+    model: Model,
+    device: torch.device,
+    members: Sequence[Member],
+    mixed_precision: bool = True,
+) -> Prediction:
+    """As `predict`, with the agreement of the members. Two arrays of probabilities are held at the most."""
+    if len(members) == 1:
+        return Prediction(_predict_member(image, model, device, members[0], mixed_precision), None)
+    mean = torch.zeros(0)
+    guesses = []
+    for number, member in enumerate(members, 1):
+        values = _predict_member(image, model, device, member, mixed_precision)
+        guesses.append(winners(values))
+        if number == 1:
+            mean = values
+        else:
+            for plane in range(values.shape[1]):  # a running mean, so that float16 keeps its digits
+                mean[:, plane] = torch.lerp(mean[:, plane].float(), values[:, plane].float(), 1 / number).half()
+        del values
+    return Prediction(mean, _agreement(guesses, winners(mean), len(model.labels)))
+
+
+def winners(probabilities: torch.Tensor) -> torch.Tensor:
+    """Index of the most probable class, uint8 (D, H, W), of probabilities (C, D, H, W)."""
+    winner = torch.empty(probabilities.shape[1:], dtype=torch.uint8)
+    for start in range(0, winner.shape[0], SLAB_PLANES):
+        planes = slice(start, start + SLAB_PLANES)
+        winner[planes] = probabilities[:, planes].max(0).indices.to(torch.uint8)  # several times faster than argmax
+    return winner
+
+
+def _agreement(guesses: Sequence[torch.Tensor], reference: torch.Tensor, n_classes: int) -> np.ndarray:
+    def voxels(of: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(of.flatten(), minlength=n_classes).double()
+
+    scores = torch.zeros(n_classes, dtype=torch.float64)
+    for guess in guesses:
+        both = voxels(guess[guess == reference])
+        total = voxels(guess) + voxels(reference)
+        scores += torch.where(total > 0, 2 * both / total, torch.nan).nan_to_num(nan=1.0)
+    found = torch.stack([voxels(guess) for guess in (*guesses, reference)]).sum(0) > 0
+    return torch.where(found, scores / len(guesses), torch.nan).numpy()
+
+
+def _predict_member(
+    image: torch.Tensor, model: Model, device: torch.device, member: Member, mixed_precision: bool
+) -> torch.Tensor:
+    """Probabilities, float16 (C, D, H, W), of one member, on the grid of ``image``."""
+    seen = image
+    if member.inverted:
+        seen = inverted(seen)
+    if member.zoom != 1.0:
+        sides = [max(1, round(n * member.zoom)) for n in image.shape]
+        seen = _resized(seen[None], sides)[0]
+    if member.mirrored:
+        seen = seen.flip(0)
+    values = _run(seen, model, device, member.shift, mixed_precision)
+    if bool(torch.isnan(values[0]).any()):  # of one voxel all classes are, or none is
+        raise CheckpointError(
+            "the network gives no numbers for this scan (NaN): its weights or the device are at fault; "
+            "get the weights again, or try --device cpu"
+        )
+    if member.mirrored:
+        values = values.flip(1)[torch.as_tensor(model.labels.flip)]
+    if member.zoom != 1.0:
+        values = _resized_in_turn(values, list(image.shape))
+    return values
+
+
+def inverted(image: torch.Tensor) -> torch.Tensor:
+    """Tissue with its intensities turned about, air as it is; in [0, 1].
+
+    What is brighter than INVERSION_FLOOR is mapped onto the same range in reverse.
+    """
+    tissue = image > INVERSION_FLOOR
+    return torch.where(tissue, 1.0 + INVERSION_FLOOR - image, image)
+
+
+def _resized(values: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """Values (C, D, H, W) on a grid of other size over the same field of view."""
+    matrices = [centred_matrix(n, m, 1.0, n / m) for n, m in zip(values.shape[1:], sides, strict=True)]
+    return apply_separable(values, matrices)
+
+
+def _resized_in_turn(values: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """`_resized` for float16, one class at a time."""
+    result = torch.empty((values.shape[0], *sides), dtype=values.dtype)
+    for index, one in enumerate(values):
+        result[index] = _resized(one[None].float(), sides)[0]
+    return result
+
+
+# --------------------------------------------------------------------------------------- one pass, or in tiles
+
+
+def _run(
+    image: torch.Tensor, model: Model, device: torch.device, shift: tuple[int, int, int], mixed_precision: bool
+) -> torch.Tensor:
+    """Probabilities, float16 (C, D, H, W) on the CPU: in one go if memory allows, else in tiles of the window."""
     use_bf16 = mixed_precision and has_native_bf16(device)
+    padding = _padding(image.shape, model.window, model.multiple, shift)
+    padded = torch.nn.functional.pad(image, padding)
+    before = (padding[4], padding[2], padding[0])
+    n_classes = len(model.labels)
 
-    def probabilities(batch: torch.Tensor) -> torch.Tensor:
+    def logits(tile: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            logits = model.network(batch)
-        return _softmax(logits)
+            return model.network(tile[None, None].to(device))[0]
 
-    padding = _padding(image.shape, model.window, model.multiple)
-    padded = torch.nn.functional.pad(image, padding)[None, None].to(device)
-    result = _run(padded, probabilities, model.window)
-    if tta:
-        partner = torch.as_tensor(model.labels.flip, device=device)
-        mirrored = _run(padded.flip(2), probabilities, model.window)
-        result = (result + mirrored.flip(2)[:, partner]) / 2
-    left_d, left_h, left_w = padding[4], padding[2], padding[0]
-    d, h, w = image.shape
-    return result[0, :, left_d : left_d + d, left_h : left_h + h, left_w : left_w + w].cpu().contiguous()
+    limit = min(WHOLE_RUN_VOXELS, WHOLE_RUN_VALUES // n_classes)
+    if padded.numel() <= max(limit, int(np.prod(model.window))):
+        inside = [slice(start, start + n) for start, n in zip(before, image.shape, strict=True)]
+        return _softmax(logits(padded)[(slice(None), *inside)]).cpu()
+    result = torch.zeros((n_classes, *image.shape), dtype=torch.float16)
+    axes = [_tiles(n, window) for n, window in zip(padded.shape, model.window, strict=True)]
+    for tile_d, tile_h, tile_w in product(*axes):
+        tile = (tile_d, tile_h, tile_w)
+        values = _softmax(logits(padded[tuple(t.span for t in tile)])).cpu()
+        _add_tile(result, values, tile, before)
+    return result
 
 
-def _padding(shape: torch.Size, window: tuple[int, int, int], multiple: int) -> list[int]:
-    """Voxels to add before and after each axis, in the order of torch's ``pad`` (last axis first)."""
+class _Tile(NamedTuple):
+    """The voxels of one tile along an axis, and their share in the result, which all tiles share out to one."""
+
+    span: slice
+    share: torch.Tensor
+
+
+def _tiles(n: int, window: int) -> list[_Tile]:
+    """Tiles of ``window`` voxels that cover ``n`` with WINDOW_OVERLAP, Gaussian in their share as in MONAI."""
+    if n <= window:
+        return [_Tile(slice(0, n), torch.ones(n))]
+    count = int(np.ceil((n - window) / max(1, int(window * (1 - WINDOW_OVERLAP))))) + 1
+    starts = np.round(np.linspace(0, n - window, count)).astype(int)
+    position = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
+    weight = torch.exp(-0.5 * (position / (0.125 * window)) ** 2).clamp(min=1e-3)
+    total = torch.zeros(n, dtype=torch.float64)
+    for start in starts:
+        total[start : start + window] += weight
+    return [_Tile(slice(s, s + window), (weight / total[s : s + window]).float()) for s in starts.tolist()]
+
+
+def _add_tile(
+    result: torch.Tensor, values: torch.Tensor, tile: tuple[_Tile, _Tile, _Tile], before: tuple[int, int, int]
+) -> None:
+    """Add the probabilities (C, d, h, w) of a tile, times their shares, to where they belong in the result."""
+    targets, sources, shares = [], [], []
+    for axis, (span, share) in enumerate(tile):
+        first = max(span.start, before[axis])
+        last = min(span.stop, before[axis] + result.shape[1 + axis])
+        if first >= last:
+            return
+        targets.append(slice(first - before[axis], last - before[axis]))
+        sources.append(slice(first - span.start, last - span.start))
+        shares.append(share[sources[-1]])
+    plane_share = shares[1][:, None] * shares[2][None]
+    for offset, plane in enumerate(range(sources[0].start, sources[0].stop)):
+        part = values[:, plane, sources[1], sources[2]].float() * (shares[0][offset] * plane_share)
+        result[:, targets[0].start + offset, targets[1], targets[2]] += part.half()
+
+
+def _padding(
+    shape: Sequence[int], window: tuple[int, int, int], multiple: int, shift: tuple[int, int, int]
+) -> list[int]:
+    """Voxels to add before and after each axis, in the order of torch's ``pad`` (last axis first).
+
+    ``shift`` more are added before than without it.
+    """
     padding: list[int] = []
-    for n, least in zip(reversed(shape), reversed(window), strict=True):
-        missing = -(-max(n, least) // multiple) * multiple - n
-        padding += [missing // 2, missing - missing // 2]
+    for n, least, moved in zip(reversed(shape), reversed(window), reversed(shift), strict=True):
+        missing = -(-max(n + moved, least) // multiple) * multiple - n
+        before = min(missing, max(missing - moved, 0) // 2 + moved)
+        padding += [before, missing - before]
     return padding
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Probabilities, float16, of logits (1, C, D, H, W), a slab at a time: they are the largest array of all."""
+    """Probabilities, float16, of logits (C, D, H, W), a slab at a time: they are the largest array of all."""
     result = torch.empty(logits.shape, dtype=torch.float16, device=logits.device)
-    slab = max(1, SOFTMAX_VOXELS // (logits.shape[3] * logits.shape[4]))
-    for start in range(0, logits.shape[2], slab):
-        result[:, :, start : start + slab] = logits[:, :, start : start + slab].float().softmax(1)
+    slab = max(1, SOFTMAX_VOXELS // (logits.shape[2] * logits.shape[3]))
+    for start in range(0, logits.shape[1], slab):
+        result[:, start : start + slab] = logits[:, start : start + slab].float().softmax(0)
     return result
-
-
-def _run(
-    image: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor], window: tuple[int, int, int]
-) -> torch.Tensor:
-    """Probabilities (1, C, D, H, W): in one go if memory allows, else in tiles of the training's window."""
-    if image.numel() <= max(WHOLE_RUN_VOXELS, int(np.prod(window))):
-        return predictor(image)
-    from monai.inferers import sliding_window_inference
-
-    return sliding_window_inference(
-        image,
-        window,
-        sw_batch_size=1,
-        predictor=lambda tile: predictor(tile).float(),
-        overlap=WINDOW_OVERLAP,
-        mode="gaussian",
-    ).half()
-
-
-# ---------------------------------------------------------------------------------------- network to scan
-
-
-def to_scan_grid(
-    probabilities: torch.Tensor, ras: Volume, voxel_size_mm: float, device: torch.device
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Class indices uint8 (D, H, W) on the grid of ``ras``; voxels and summed probability of each class (C,).
-
-    Works in slabs along the first axis, so that memory stays bounded for scans of any resolution.
-    """
-    n_classes = probabilities.shape[0]
-    shape = ras.data.shape
-    first, second, third = (
-        centred_matrix(n_in, n_out, voxel_size_mm, spacing).to(device)
-        for n_in, n_out, spacing in zip(probabilities.shape[1:], shape, ras.spacing_mm, strict=True)
-    )
-    indices = np.empty(shape, dtype=np.uint8)
-    counts = torch.zeros(n_classes, dtype=torch.int64)
-    sums = torch.zeros(n_classes, dtype=torch.float64)
-    thickness = max(1, int(SLAB_BYTES // (4 * n_classes * shape[1] * shape[2])))
-    for start in range(0, shape[0], thickness):
-        rows = first[start : start + thickness]
-        used = torch.nonzero(rows.any(0))
-        low, high = int(used.min()), int(used.max()) + 1
-        slab = probabilities[:, low:high].to(device).float()
-        slab = apply_separable(slab, [rows[:, low:high], second, third])
-        winner = slab.max(0).indices.cpu()  # several times faster than argmax
-        indices[start : start + thickness] = winner.numpy()
-        counts += torch.bincount(winner.flatten(), minlength=n_classes)
-        sums += slab.sum((2, 3)).cpu().double().sum(1)
-    return indices, counts.numpy(), sums.numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from synthseg.inference import Segmentation
 from synthseg.labels import INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, LabelTable, tissue_mask
+from synthseg.mosaic import PLANES, bounding_box, grey_window, slice_positions, take_slice
 from synthseg.volume import Volume, atomic_path, canonical, write_text_atomically
 
 if TYPE_CHECKING:
@@ -19,10 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SLICES = 5
-_MARGIN_MM = 6.0
 _OPACITY = 0.4
-# Name of the plane, the axis across it, horizontal and vertical axis of the picture, letters on its sides.
-_PLANES = (("axial", 2, 0, 1, "LR"), ("coronal", 1, 0, 2, "LR"), ("sagittal", 0, 1, 2, "PA"))
 
 # ------------------------------------------------------------------------------------------------ volumes
 
@@ -31,27 +30,52 @@ def volume_row(scan: str, segmentation: Segmentation, table: LabelTable) -> dict
     """One row of the table of volumes.
 
     ``intracranial`` is brain, ventricles and CSF; ``brain`` is grey and white matter with deep nuclei,
-    cerebellum and brain stem, without ventricles. ``_ml`` counts voxels, ``_soft_ml`` sums probabilities.
+    cerebellum and brain stem, without ventricles. ``_ml`` counts voxels, ``_soft_ml`` sums probabilities. If the
+    quality was judged, ``predicted_dice`` (NaN where the model has no calibration) and ``passed`` (yes or no) follow.
     """
     row: dict[str, str | float] = {"scan": scan}
-    for name, tissues in (("intracranial", INTRACRANIAL_TISSUES), ("brain", PARENCHYMA_TISSUES)):
-        members = [table.names[index] for index in np.flatnonzero(tissue_mask(table, tissues))]
-        row[f"{name}_ml"] = sum(segmentation.hard_ml[member] for member in members)
-        row[f"{name}_soft_ml"] = sum(segmentation.soft_ml[member] for member in members)
+    soft_totals_ml = totals_ml(segmentation.soft_ml, table)
+    for name, hard_ml in totals_ml(segmentation.hard_ml, table).items():
+        row[f"{name}_ml"] = hard_ml
+        row[f"{name}_soft_ml"] = soft_totals_ml[name]
     for name in table.names[1:]:
         row[f"{name}_ml"] = segmentation.hard_ml[name]
         row[f"{name}_soft_ml"] = segmentation.soft_ml[name]
+    quality = segmentation.quality
+    if quality is not None:
+        row["predicted_dice"] = math.nan if quality.scan is None else quality.scan
+        row["passed"] = "yes" if quality.passed else "no"
     return row
 
 
+def totals_ml(volumes_ml: Mapping[str, float], table: LabelTable) -> dict[str, float]:
+    """``intracranial`` and ``brain`` from the volumes of the labels by name; see `volume_row`."""
+    groups = (("intracranial", INTRACRANIAL_TISSUES), ("brain", PARENCHYMA_TISSUES))
+    return {
+        name: sum(volumes_ml[table.names[index]] for index in np.flatnonzero(tissue_mask(table, tissues)))
+        for name, tissues in groups
+    }
+
+
 def write_volumes_csv(path: str | Path, rows: Sequence[Mapping[str, str | float]]) -> None:
-    """Write rows of one structure each as CSV, volumes with three decimals (0.001 ml = 1 mm³)."""
+    """Write rows of one structure each, volumes with three decimals (0.001 ml = 1 mm³).
+
+    A name that ends in .tsv makes a table with tabs, any other one with commas. What is not known is ``n/a``, as in
+    BIDS; pandas reads it as missing.
+    """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(rows[0].keys() if rows else ["scan"])
     for row in rows:
-        writer.writerow([value if isinstance(value, str) else f"{value:.3f}" for value in row.values()])
+        writer.writerow([_field(value) for value in row.values()])
     write_text_atomically(path, text.getvalue())
+
+
+def _field(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.3f}" if math.isfinite(value) else "n/a"
 
 
 # ----------------------------------------------------------------------------------------------- pictures
@@ -76,17 +100,18 @@ def overview_figure(volume: Volume, labels: np.ndarray, table: LabelTable, title
 
     ras = canonical(volume)
     indices = table.to_index(canonical(Volume(labels, volume.affine)).data, where=title or "label map")
-    low, high = _window(ras.data)
-    box = _bounding_box(indices > 0, ras.spacing_mm)
+    low, high = grey_window(ras.data)
+    labelled = indices > 0
+    box = bounding_box(labelled, ras.spacing_mm)
 
     figure = Figure(figsize=(13, 8.2), dpi=110, facecolor="black")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, _SLICES, left=0.02, right=0.82, bottom=0.02, top=0.92, wspace=0.03, hspace=0.06)
-    for row, (plane, axis, across, up, sides) in enumerate(_PLANES):
-        for column, position in enumerate(_slice_positions(indices, axis, box[axis])):
+    for row, (plane, axis, across, up, sides) in enumerate(PLANES):
+        for column, position in enumerate(slice_positions(labelled, axis, box[axis], _SLICES)):
             axes = figure.add_subplot(grid[row, column])
-            grey = _slice(ras.data, axis, position, box)
-            color = _slice(indices, axis, position, box)
+            grey = take_slice(ras.data, axis, position, box)
+            color = take_slice(indices, axis, position, box)
             extent_mm = (0, grey.shape[1] * ras.spacing_mm[across], 0, grey.shape[0] * ras.spacing_mm[up])
             axes.imshow(grey, cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent_mm, aspect="equal")
             axes.imshow(_rgba(color, table), origin="lower", extent=extent_mm, aspect="equal", interpolation="nearest")
@@ -101,43 +126,6 @@ def overview_figure(volume: Volume, labels: np.ndarray, table: LabelTable, title
     title = title.replace("$", r"\$")  # not mathematics
     figure.suptitle(f"{title}   (left of the picture is left of the head)".strip(), color="white", fontsize=11)
     return figure
-
-
-def _window(data: np.ndarray) -> tuple[float, float]:
-    """Darkest and brightest grey: percentiles of the finite voxels, CT limited to soft tissue."""
-    finite = data[np.isfinite(data)]
-    low, high = np.percentile(finite[:: max(1, finite.size // 1_000_000)], [1, 99.5])
-    if low < -500:
-        low, high = -100.0, min(high, 200.0)
-    if high <= low:
-        low, high = float(finite.min()), float(finite.max())
-    return float(low), float(high)
-
-
-def _bounding_box(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> list[tuple[int, int]]:
-    """First and one past the last index of the mask along each axis, with a margin; all if it is empty."""
-    box = []
-    for axis in range(3):
-        filled = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        margin = int(np.ceil(_MARGIN_MM / spacing_mm[axis]))
-        if filled.size == 0:
-            return [(0, n) for n in mask.shape]
-        box.append((max(0, int(filled[0]) - margin), min(mask.shape[axis], int(filled[-1]) + 1 + margin)))
-    return box
-
-
-def _slice_positions(indices: np.ndarray, axis: int, limits: tuple[int, int]) -> np.ndarray:
-    """Evenly spread positions within the labelled range of an axis, its very ends left out."""
-    filled = np.flatnonzero((indices > 0).any(axis=tuple(a for a in range(3) if a != axis)))
-    first, last = (filled[0], filled[-1]) if filled.size else (limits[0], limits[1] - 1)
-    return np.round(np.linspace(first, last, _SLICES + 2)[1:-1]).astype(int)
-
-
-def _slice(data: np.ndarray, axis: int, position: int, box: Sequence[tuple[int, int]]) -> np.ndarray:
-    """One slice inside the box; of the two remaining axes the later one runs up, along the rows."""
-    window: list[Any] = [slice(*limits) for limits in box]
-    window[axis] = position
-    return data[tuple(window)].T
 
 
 def _rgba(indices: np.ndarray, table: LabelTable) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Volumes: load, check, reorient, resample, save. The only module that touches image files.
+"""Volumes: load, reorient, resample, save. With image_files, the only module that touches image files.
 
 Inside the package axes run right, anterior, superior (RAS+); a volume keeps the voxel order of its file until
 `canonical` is called. Positions are in mm, affines map voxel indices to RAS+ mm.
@@ -7,12 +7,9 @@ Inside the package axes run right, anterior, superior (RAS+); a volume keeps the
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import uuid
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +19,14 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import SpatialHeader, SpatialImage
 
-from synthseg.errors import InputError, OutputError
+from synthseg.errors import OutputError
+from synthseg.image_files import IMAGE_SUFFIXES, image_suffix, read_image
+from synthseg.image_files import check_readable as check_readable
+from synthseg.image_files import image_stem as image_stem
+from synthseg.image_writer import fortran_order, write_classes, write_image
 
 if TYPE_CHECKING:
     import torch
-
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
-MAX_EXTENT_MM = 3000.0
-_PLAUSIBLE_EXTENT_MM = (20.0, 3000.0)
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, ArithmeticError, LookupError, MemoryError, zlib.error),
-    *(nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError),
-)
-_NIFTI_UNITS = {1: ("metres", 1000.0), 3: ("microns", 0.001)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,153 +71,9 @@ class Volume:
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def image_suffix(path: Path) -> str | None:
-    """The image suffix that the file name ends with, as in the name; None if it is not an image name."""
-    name = path.name
-    for suffix in IMAGE_SUFFIXES:
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[-len(suffix) :]
-    return None
-
-
-def image_stem(path: Path) -> str:
-    """The file name without folder and image suffix."""
-    return path.name[: -len(image_suffix(path) or "")] if image_suffix(path) else path.stem
-
-
-def check_readable(path: Path) -> None:
-    """Raise InputError unless the path is a file that is there, not empty, and named like an image."""
-    try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; expected an image file")
-        if not path.exists():
-            raise InputError(f"{path}: there is no such file; check the path")
-        if not path.is_file():
-            raise InputError(f"{path}: is not a regular file; expected an image file")
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if image_suffix(path) is None:
-        raise InputError(f"{path}: not an image name; expected one that ends in {', '.join(IMAGE_SUFFIXES)}")
-    if size == 0:
-        raise InputError(f"{path}: the file is empty (0 bytes); copy or convert it again")
-
-
 def load_volume(path: str | Path) -> Volume:
     """Read one 3-D scan as float32, with the header's scaling applied. Raises InputError on anything else."""
-    path = Path(path)
-    check_readable(path)
-    image = _open_image(path)
-    shape = _spatial_shape(path, image)
-    _check_dtype(path, image)
-    affine, notes = _checked_affine(path, image, shape)
-    with _unreadable_as_input_error(path), np.errstate(all="ignore"):
-        data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
-    _check_content(path, data)
-    return Volume(data, affine, image.header.copy(), notes)
-
-
-@contextlib.contextmanager
-def _unreadable_as_input_error(path: Path) -> Iterator[None]:
-    """Whatever the reading library raises on a damaged file is the file's fault: say so in one line."""
-    logger = logging.getLogger("nibabel.global")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read (permission denied); check its permissions") from error
-    except _DAMAGE as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{path}: cannot be read as an image ({what}); expected a complete NIfTI or MGH file: "
-            "copy or convert it again"
-        ) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _open_image(path: Path) -> Any:
-    with _unreadable_as_input_error(path):
-        return nib.load(path, mmap=False)
-
-
-def _spatial_shape(path: Path, image: Any) -> tuple[int, int, int]:
-    shape = tuple(int(n) for n in image.shape)
-    got = " x ".join(map(str, shape)) or "no dimensions"
-    if len(shape) < 3:
-        raise InputError(
-            f"{path}: is {len(shape)}-D ({got}); expected a 3-D scan: convert the whole series to one file"
-        )
-    if any(n < 1 for n in shape):
-        raise InputError(f"{path}: has an empty dimension ({got}); expected at least one voxel along each axis")
-    if any(n > 1 for n in shape[3:]):
-        raise InputError(
-            f"{path}: holds {int(np.prod(shape[3:]))} volumes ({got}); expected one 3-D scan: "
-            "extract a volume or average them first"
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def _check_dtype(path: Path, image: Any) -> None:
-    dtype = image.get_data_dtype()
-    if dtype.fields is not None or dtype.kind == "V":
-        raise InputError(f"{path}: holds RGB colours; expected one number per voxel: convert it to greyscale first")
-    if dtype.kind == "c":
-        raise InputError(f"{path}: holds complex numbers; expected real ones: save the magnitude image")
-
-
-def _checked_affine(path: Path, image: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The voxel-to-RAS affine in mm, and remarks on it."""
-    affine = np.array(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all():
-        raise InputError(f"{path}: its affine is not finite; expected a voxel-to-mm matrix: repair the header")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if (spacing < 1e-9).any() or abs(np.linalg.det(affine[:3, :3] / np.maximum(spacing, 1e-9))) < 1e-3:
-        raise InputError(
-            f"{path}: its affine is singular (voxel size {_by(spacing)} mm); expected independent axes: "
-            "repair the header, or convert the scan again"
-        )
-    notes = []
-    low, high = _PLAUSIBLE_EXTENT_MM
-    header = image.header
-    is_nifti = isinstance(header, nib.Nifti1Header)
-    unit, mm_per_unit = _NIFTI_UNITS.get(int(header["xyzt_units"]) & 7 if is_nifti else 0, ("mm", 1.0))
-    longest = float((spacing * shape).max())
-    if unit != "mm" and not low <= longest <= high:
-        affine[:3] *= mm_per_unit
-        longest *= mm_per_unit
-        notes.append(f"the header gives positions in {unit}; converted to mm")
-    if longest > MAX_EXTENT_MM:
-        raise InputError(
-            f"{path}: the field of view is {longest:.0f} mm long; expected at most {MAX_EXTENT_MM:.0f} mm: "
-            "correct the voxel size in the header"
-        )
-    if longest < low:
-        notes.append(f"the field of view is only {longest:.3g} mm long; check the voxel size in the header")
-    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.abs(cosines.T @ cosines - np.eye(3)).max() > 0.1:
-        notes.append("the axes are not perpendicular (a tilted gantry?); the shear is ignored")
-    if is_nifti and header["qform_code"] == header["sform_code"] == 0:
-        notes.append("the header states no orientation; left and right may be swapped")
-    return affine, tuple(notes)
-
-
-def _check_content(path: Path, data: np.ndarray) -> None:
-    low, high = float(data.min()), float(data.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        finite = data[np.isfinite(data)]
-        if finite.size == 0:
-            raise InputError(f"{path}: holds no finite voxel (all NaN or infinite); expected a scan: export it again")
-        low, high = float(finite.min()), float(finite.max())
-    if low == high:
-        raise InputError(f"{path}: every voxel is {low:g}; expected a scan with contrast: export it again")
-
-
-def _by(numbers: Sequence[float] | np.ndarray) -> str:
-    return " x ".join(f"{x:.3g}" for x in numbers)
+    return Volume(*read_image(Path(path)))
 
 
 # -------------------------------------------------------------------------------------------- orientation
@@ -234,7 +82,9 @@ def _by(numbers: Sequence[float] | np.ndarray) -> str:
 def canonical(volume: Volume) -> Volume:
     """The volume in the RAS+ order closest to its own, by permutation and flips only (a view)."""
     orientation = io_orientation(volume.affine)
-    data = apply_orientation(volume.data, orientation)
+    turned = orientation.copy()
+    turned[np.array(volume.data.shape) == 1, 1] = 1  # to flip one voxel is but a negative stride, which torch refuses
+    data = apply_orientation(volume.data, turned)
     return Volume(data, volume.affine @ inv_ornt_aff(orientation, volume.data.shape))
 
 
@@ -280,15 +130,18 @@ def apply_separable(image: torch.Tensor, matrices: Sequence[torch.Tensor]) -> to
     """
     order = sorted(range(3), key=lambda axis: matrices[axis].shape[0] / matrices[axis].shape[1])
     for axis in order:
-        matrix = matrices[axis]
-        if axis == 2:
-            image = image @ matrix.T
-        elif axis == 1:
-            image = matrix @ image
-        else:
-            channels, depth, height, width = image.shape
-            image = (matrix @ image.reshape(channels, depth, height * width)).reshape(channels, -1, height, width)
+        image = apply_along(image, matrices[axis], axis)
     return image
+
+
+def apply_along(image: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
+    """Apply a matrix (n_out, n_in) to one spatial axis (0, 1 or 2) of an image (C, D, H, W)."""
+    if axis == 2:
+        return image @ matrix.T
+    if axis == 1:
+        return matrix @ image
+    channels, depth, height, width = image.shape
+    return (matrix @ image.reshape(channels, depth, height * width)).reshape(channels, -1, height, width)
 
 
 # ------------------------------------------------------------------------------------------------- saving
@@ -344,19 +197,81 @@ def write_text_atomically(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
-def save_label_map(path: str | Path, labels: np.ndarray, like: Volume, ids: Sequence[int] | np.ndarray) -> None:
+def save_label_map(
+    path: str | Path,
+    labels: np.ndarray,
+    like: Volume,
+    ids: Sequence[int] | np.ndarray,
+    affine: np.ndarray | None = None,
+) -> None:
     """Write a label map (D, H, W) on the grid of ``like``, with the qform, sform and units of its header.
 
     The type is uint8 where the largest of ``ids`` allows, else int16. The file is written whole or not at
-    all.
+    all. ``affine`` says where the labels lie if that is not the grid of ``like``.
     """
-    if labels.shape != like.data.shape:
-        raise ValueError(f"the labels are {labels.shape}, the volume is {like.data.shape}")
     dtype = np.uint8 if max(int(i) for i in ids) <= 255 else np.int16
-    freesurfer = _is_freesurfer_name(path)
-    image = _label_image(labels.astype(dtype), like, freesurfer)
+    _save_like(path, labels, np.dtype(dtype), like, affine)
+
+
+def save_scan(path: str | Path, data: np.ndarray, like: Volume, affine: np.ndarray | None = None) -> None:
+    """Write intensities (D, H, W) on the grid of ``like`` (or at ``affine``), as `save_label_map` does labels.
+
+    Whole numbers keep the integer type of the file that ``like`` was read from, if they fit; all else is float32.
+    """
+    _save_like(path, data, _lossless_dtype(data, like, _is_freesurfer_name(path)), like, affine)
+
+
+def save_image(path: str | Path, volume: Volume) -> None:
+    """Write an image as float32 NIfTI or MGH. The file is written whole or not at all."""
+    data = fortran_order(volume.data, np.float32)
+    kind = nib.MGHImage if _is_freesurfer_name(path) else nib.Nifti1Image
+    image = kind(data, volume.affine)
+    if isinstance(image, nib.Nifti1Image):
+        image.header.set_xyzt_units("mm")
     with atomic_path(path) as temporary:
-        nib.save(image, temporary)
+        write_image(image, temporary)
+
+
+def save_vectors(path: str | Path, vectors_mm: np.ndarray, affine: np.ndarray) -> None:
+    """Write vectors (3, D, H, W), mm along R, A and S, as NIfTI of shape (D, H, W, 1, 3) with intent "vector"."""
+    image = nib.Nifti1Image(np.moveaxis(vectors_mm, 0, -1)[..., None, :].astype(np.float32), affine)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        write_image(image, temporary)
+
+
+def save_class_images(
+    path: str | Path,
+    slabs: Iterable[tuple[slice, np.ndarray]],
+    shape: tuple[int, int, int, int],
+    dtype: type[np.unsignedinteger],
+    slope: float,
+    like: Volume,
+    affine: np.ndarray | None = None,
+    comment: str = "",
+) -> None:
+    """Write one image per class as NIfTI (D, H, W, C), from slabs (C, d, H, W) along the first axis.
+
+    Memory is bounded by one slab and one class. Stored are whole numbers of ``dtype``; times ``slope`` they are the
+    values. ``comment`` becomes a header extension. Grid and header as in `save_label_map`.
+    """
+    if _is_freesurfer_name(path):
+        raise OutputError(f"{path}: images of several classes are written as NIfTI; end the name in .nii.gz or .nii")
+    placeholder = np.broadcast_to(np.zeros((), dtype), shape[:3])
+    if affine is None and shape[:3] != like.data.shape:
+        raise ValueError(f"the images are {shape[:3]}, the volume is {like.data.shape}")
+    header: Any = _image_like(placeholder, like, False, affine).header
+    header = header.as_byteswapped(nib.volumeutils.native_code)
+    header.set_data_shape(shape)
+    header["pixdim"][4] = 1
+    header["xyzt_units"] = int(header["xyzt_units"]) & 7  # the last axis is no time
+    header.set_slope_inter(slope, 0)
+    if comment:
+        header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
+    header.set_data_offset(-(-(header.single_vox_offset + header.extensions.get_sizeondisk()) // 16) * 16)
+    with atomic_path(path) as temporary:
+        write_classes(temporary, header, dtype, slabs)
 
 
 def _is_freesurfer_name(path: str | Path) -> bool:
@@ -367,42 +282,60 @@ def _is_freesurfer_name(path: str | Path) -> bool:
     return suffix.lower().startswith(".mg")
 
 
-def save_image(path: str | Path, volume: Volume) -> None:
-    """Write an image as float32 NIfTI or MGH. The file is written whole or not at all."""
-    freesurfer = _is_freesurfer_name(path)
-    kind = nib.MGHImage if freesurfer else nib.Nifti1Image
-    image = kind(volume.data.astype(np.float32), volume.affine)
-    if isinstance(image, nib.Nifti1Image):
-        image.header.set_xyzt_units("mm")
+def _lossless_dtype(data: np.ndarray, like: Volume, freesurfer: bool) -> np.dtype:
+    """The type of the file that ``like`` was read from if it is an integer that holds the data, else float32."""
+    dtype: np.dtype = np.dtype(np.float32) if like.header is None else like.header.get_data_dtype().newbyteorder("=")
+    if dtype.kind not in "iu" or (freesurfer and dtype not in (np.uint8, np.int16, np.int32)):
+        return np.dtype(np.float32)
+    limits = np.iinfo(dtype.name)
+    for plane in data:  # a plane at a time: no second volume in memory
+        if not (np.isfinite(plane).all() and plane.min() >= limits.min and plane.max() <= limits.max):
+            return np.dtype(np.float32)
+        if (plane != np.rint(plane)).any():
+            return np.dtype(np.float32)
+    return dtype
+
+
+def _save_like(path: str | Path, data: np.ndarray, dtype: np.dtype, like: Volume, affine: np.ndarray | None) -> None:
+    if affine is None and data.shape != like.data.shape:
+        raise ValueError(f"the data are {data.shape}, the volume is {like.data.shape}")
+    image = _image_like(fortran_order(data, dtype), like, _is_freesurfer_name(path), affine)
     with atomic_path(path) as temporary:
-        nib.save(image, temporary)
+        write_image(image, temporary)
 
 
-def save_vectors(path: str | Path, vectors_mm: np.ndarray, affine: np.ndarray) -> None:
-    """Write vectors (3, D, H, W), mm along R, A and S, as NIfTI of shape (D, H, W, 1, 3) with intent "vector"."""
-    image = nib.Nifti1Image(np.moveaxis(vectors_mm, 0, -1)[..., None, :].astype(np.float32), affine)
-    image.header.set_intent("vector")
-    image.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(image, temporary)
-
-
-def _label_image(labels: np.ndarray, like: Volume, freesurfer: bool) -> SpatialImage:
+def _image_like(data: np.ndarray, like: Volume, freesurfer: bool, affine: np.ndarray | None) -> SpatialImage:
+    """An image of the data with the header of ``like``; at ``affine`` if that is given, else where ``like`` is."""
+    at = like.affine if affine is None else affine
     if freesurfer:
-        return nib.MGHImage(labels, like.affine)
+        return nib.MGHImage(data, at)
     if not isinstance(like.header, nib.Nifti1Header):
-        image = nib.Nifti1Image(labels, like.affine)
-        image.set_qform(like.affine, code="scanner")
-        image.set_sform(like.affine, code="scanner")
+        image = nib.Nifti1Image(data, at)
+        image.set_qform(at, code="scanner")
+        image.set_sform(at, code="scanner")
         image.header.set_xyzt_units("mm")
         return image
     header = like.header.copy()
-    header.set_data_shape(labels.shape)
-    header.set_data_dtype(labels.dtype)
+    header.set_data_shape(data.shape)
+    header.set_data_dtype(data.dtype)
     header.set_data_offset(0)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan would hide the labels
     header.extensions.clear()  # they tell of the scan's values (statistics, history), not of its geometry
+    if affine is not None:
+        _place(header, affine)
     # Without an affine of its own the image takes qform, sform and codes from the header untouched.
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return image_class(labels, None, header)
+    return image_class(data, None, header)
+
+
+def _place(header: nib.Nifti1Header, affine: np.ndarray) -> None:
+    """Give a header another grid, in mm, by those of qform and sform that it states. If it states neither, the new
+    grid is centred where the old one was, which is what such a header says."""
+    codes = int(header["qform_code"]), int(header["sform_code"])
+    header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    if codes[0]:
+        header.set_qform(affine, codes[0])
+    if codes[1]:
+        header.set_sform(affine, codes[1])
+    header["xyzt_units"] = int(header["xyzt_units"]) & ~7 | 2  # mm; the unit of time stays

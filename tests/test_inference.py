@@ -11,11 +11,15 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from synthseg import inference, prediction
-from synthseg.errors import InputError
-from synthseg.inference import clean_up, segment, stray_components
+from synthseg import conforming, inference, intensity, modes, posteriors, prediction
+from synthseg.conforming import conform, grid_shape
+from synthseg.errors import CheckpointError, ConfigError, InputError, LabelError
+from synthseg.inference import Options, clean_up, in_scheme, segment, stray_components
 from synthseg.labels import Label, LabelTable
-from synthseg.prediction import conform, grid_shape, predict
+from synthseg.metrics import dice
+from synthseg.posteriors import scan_grid
+from synthseg.prediction import Member, predict, predict_with_agreement
+from synthseg.quality import Evidence, Quality
 from synthseg.volume import Volume, canonical, load_volume
 
 CPU = torch.device("cpu")
@@ -51,6 +55,8 @@ class Fake:
     voxel_size_mm: float = 2.0
     window: tuple[int, int, int] = (16, 24, 32)
     multiple: int = 8
+    name: str = "fake"
+    sha256: str = "0" * 64
 
 
 def oblique_affine(rng: np.random.Generator, spacing_mm: tuple[float, ...], largest_deg: float = 25) -> np.ndarray:
@@ -244,24 +250,29 @@ def test_mirror_averaging_swaps_left_and_right_classes() -> None:
 
     model = Fake(Sides(), table)
     image = torch.rand(16, 24, 32)
-    torch.testing.assert_close(predict(image, model, CPU, tta=True), predict(image, model, CPU), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        predict(image, model, CPU, members=(Member(), Member(mirrored=True))),
+        predict(image, model, CPU),
+        atol=1e-3,
+        rtol=1e-3,
+    )
 
 
-def test_slabs_give_the_result_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_give_the_result_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     volume = Volume(np.random.default_rng(0).normal(size=(31, 13, 11)).astype(np.float32), np.diag([0.7, 2, 3, 1]))
     model = Fake(Random(), FIVE)
     whole = segment(volume, model, CPU)
-    monkeypatch.setattr(prediction, "SLAB_BYTES", 4 * 5 * 13 * 11 * 3)  # three rows of five classes
-    slabs = segment(volume, model, CPU)
-    np.testing.assert_array_equal(whole.labels, slabs.labels)
-    assert whole.hard_ml == slabs.hard_ml
-    assert whole.soft_ml == pytest.approx(slabs.soft_ml, rel=1e-5)
+    monkeypatch.setattr(posteriors, "BLOCK", 5)
+    blocks = segment(volume, model, CPU)
+    np.testing.assert_array_equal(whole.labels, blocks.labels)
+    assert whole.hard_ml == blocks.hard_ml
+    assert whole.soft_ml == pytest.approx(blocks.soft_ml, rel=1e-5)
 
 
 def test_softmax_in_slabs_is_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "SOFTMAX_VOXELS", 100)
-    logits = torch.randn(1, 5, 7, 8, 9) * 4
-    torch.testing.assert_close(prediction._softmax(logits).float(), logits.softmax(1), atol=1e-3, rtol=1e-3)
+    logits = torch.randn(5, 7, 8, 9) * 4
+    torch.testing.assert_close(prediction._softmax(logits).float(), logits.softmax(0), atol=1e-3, rtol=1e-3)
 
 
 def test_head_box_holds_the_head_and_leaves_out_the_air() -> None:
@@ -269,9 +280,9 @@ def test_head_box_holds_the_head_and_leaves_out_the_air() -> None:
     data[60:90, 20:110, 0:70] += 100.0  # reaches the lower border
     volume = Volume(data, np.diag([2.0, 1.0, 1.5, 1.0]))
     for side, (first, last), n, spacing in zip(
-        prediction.head_box(volume), ((60, 90), (20, 110), (0, 70)), data.shape, volume.spacing_mm, strict=True
+        conforming.head_box(volume), ((60, 90), (20, 110), (0, 70)), data.shape, volume.spacing_mm, strict=True
     ):
-        least, most = (prediction.HEAD_MARGIN_MM - 4.0) / spacing, (prediction.HEAD_MARGIN_MM + 8.0) / spacing
+        least, most = (conforming.HEAD_MARGIN_MM - 4.0) / spacing, (conforming.HEAD_MARGIN_MM + 8.0) / spacing
         assert side.start == 0 if first == 0 else least <= first - side.start <= most
         assert least <= min(side.stop, n) - last <= most
 
@@ -280,7 +291,7 @@ def test_a_bright_object_beside_the_head_does_not_hide_it() -> None:
     data = np.random.default_rng(0).normal(0, 1.5, (100, 110, 90)).astype(np.float32)
     data[10:70, 20:90, 10:80] += 100.0
     data[80:95, 40:70, 40:60] += 2000.0
-    box = prediction.head_box(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])))
+    box = conforming.head_box(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])))
     for side, (first, last) in zip(box, ((10, 95), (20, 90), (10, 80)), strict=True):
         assert side.start <= first
         assert side.stop >= last
@@ -301,6 +312,294 @@ def test_more_air_around_the_head_changes_nothing() -> None:
     assert far.labels.shape == (90, 94, 88)
     assert far.labels.sum() == near.labels.sum()
     assert sum(far.hard_ml.values()) == pytest.approx(90 * 94 * 88 * 8 / 1000)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (70, 60, 50)])
+def test_a_scan_is_cleaned_slab_by_slab_as_it_would_be_whole(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN, fill values and CT are told from the whole scan, not from a slab of it; against the functions for images."""
+    rng = np.random.default_rng(3)
+    ct = rng.normal(-1000, 10, shape).astype(np.float32)
+    inside = tuple(slice(n // 4, -(n // 4) or None) for n in shape)
+    ct[inside] = rng.normal(35, 12, ct[inside].shape)
+    ct[shape[0] // 2, 1, 1] = 1200
+    stripped = np.zeros(shape, np.float32)
+    stripped[inside] = rng.normal(0, 1, stripped[inside].shape)
+    broken = ct.copy()
+    broken[0, 0, 0], broken[-1, 1, 2], broken[1, 1, 1] = np.nan, np.inf, -np.inf
+    for data in (ct, stripped, broken, np.full(shape, np.nan, np.float32)):
+        image = torch.from_numpy(data)
+        expected = intensity.fill_as_air(intensity.finite(image))
+        if intensity.looks_like_hounsfield(expected):
+            expected = expected.clamp(*intensity.CT_WINDOW_HU)
+        for slab_voxels in (1, 2 * shape[1] * shape[2], 10**9):
+            monkeypatch.setattr(conforming, "SLAB_VOXELS", slab_voxels)
+            found = conforming.resample(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])), 2.0)
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_grid_with_too_many_classes_is_refused() -> None:
+    many = LabelTable("many", tuple(Label(i, f"L{i}") for i in range(50)))
+    data = np.random.default_rng(0).normal(100, 20, (320, 320, 4)).astype(np.float32)
+    volume = Volume(data, np.diag([1.0, 1.0, 80.0, 1.0]))  # 32.8 million voxels of 1 mm
+    conforming.check_size(volume, 1.0, 17)
+    with pytest.raises(InputError, match=r"33 million .* 50 classes, at most 28 million"):
+        segment(volume, Fake(labels=many, voxel_size_mm=1.0), CPU)
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "slow"}, "default, fast, robust"),
+        ({"voxel_size_mm": 0.0}, "0.2 to 5 mm"),
+        ({"voxel_size_mm": float("nan")}, "0.2 to 5 mm"),
+        ({"crop_mm": (100.0, 100.0)}, "three positive"),
+        ({"crop_mm": (100.0, -1.0, 100.0)}, "three positive"),
+        ({"crop_mm": (100.0, float("inf"), 100.0)}, "three positive"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options(**wrong)
+
+
+class Recorder(Threshold):
+    """Keeps the images that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.seen.append(image[0, 0].clone())
+        return super().forward(image)
+
+
+def ball(spacing_mm: float = 2.0, radius_mm: float = 20.0, sides: tuple[int, ...] = (64, 48, 56)) -> Volume:
+    affine = np.diag([-spacing_mm, spacing_mm, spacing_mm, 1.0])
+    middle = nib.affines.apply_affine(affine, (np.array(sides) - 1) / 2)
+    return Volume(100 * blobs(sides, affine, middle[None], radius_mm), affine)
+
+
+BALL_ML = 4 / 3 * np.pi * 2.0**3
+
+
+def test_a_smaller_voxel_size_enlarges_what_the_network_sees() -> None:
+    seen = []
+    for voxel_size_mm in (2.0, 1.5):
+        network = Recorder()
+        result = segment(ball(), Fake(network), CPU, Options(voxel_size_mm=voxel_size_mm, mixed_precision=False))
+        assert result.labels.shape == (64, 48, 56)
+        assert result.hard_ml["Blob"] == pytest.approx(BALL_ML, rel=0.03)
+        assert result.soft_ml["Blob"] == pytest.approx(BALL_ML, rel=0.03)
+        seen.append(float((network.seen[0] > 0.5).sum()))
+    assert seen[1] / seen[0] == pytest.approx((2.0 / 1.5) ** 3, rel=0.03)
+
+
+def test_fast_sees_a_coarser_grid() -> None:
+    networks = Recorder(), Recorder()
+    for network, mode in zip(networks, ("default", "fast"), strict=True):
+        result = segment(ball(), Fake(network), CPU, Options(mode=mode, mixed_precision=False))  # type: ignore[arg-type]
+        assert result.hard_ml["Blob"] == pytest.approx(BALL_ML, rel=0.03)
+    ratio = float((networks[0].seen[0] > 0.5).sum() / (networks[1].seen[0] > 0.5).sum())
+    assert ratio == pytest.approx(modes.FAST_FACTOR**3, rel=0.05)
+
+
+def test_robust_runs_its_members_and_finds_the_same_ball() -> None:
+    network = Recorder()
+    result = segment(ball(), Fake(network), CPU, Options(mode="robust", mixed_precision=False))
+    assert len(network.seen) == len(modes.MEMBERS["robust"]) > 2
+    plain = segment(ball(), Fake(), CPU, Options(mixed_precision=False))
+    assert dice(result.labels, plain.labels, [7])[0] > 0.98
+    assert result.hard_ml["Blob"] == pytest.approx(BALL_ML, rel=0.03)
+
+
+def test_only_the_box_in_the_middle_of_the_head_is_analysed() -> None:
+    """Axes of the scan run left, anterior, superior; the box is given along right, anterior, superior."""
+    network = Recorder()
+    options = Options(crop_mm=(20.0, 44.0, 32.0), mixed_precision=False)
+    result = segment(ball(), Fake(network, window=(8, 8, 8)), CPU, options)
+    whole = segment(ball(), Fake(window=(8, 8, 8)), CPU, Options(mixed_precision=False))
+    assert network.seen[0].shape == (16, 24, 16)  # 10, 22 and 16 voxels of 2 mm, to multiples of 8
+    expected = np.zeros_like(whole.labels)
+    inside = np.s_[27:37, 13:35, 20:36]
+    expected[inside] = whole.labels[inside]
+    np.testing.assert_array_equal(result.labels, expected)
+    assert whole.labels.sum() > 1.2 * expected.sum() > 0
+    assert sum(result.hard_ml.values()) == pytest.approx(64 * 48 * 56 * 8 / 1000)
+
+
+def test_posteriors_are_kept_on_demand() -> None:
+    volume = ball()
+    assert segment(volume, Fake(), CPU).posteriors is None
+    result = segment(volume, Fake(), CPU, Options(keep_posteriors=True))
+    assert result.posteriors is not None
+    np.testing.assert_array_equal(result.posteriors.labels_on(scan_grid(volume)).labels, result.labels)
+    np.testing.assert_array_equal(result.affine, volume.affine)
+    assert result.table is TWO
+
+
+def test_labels_in_a_coarser_scheme() -> None:
+    fine = LabelTable(
+        "fine",
+        (
+            Label(0, "Bg", tissue="air", to={"coarse": (0,)}),
+            *(Label(i, f"L{i}", to={"coarse": (5,)}) for i in (1, 2)),
+            *(Label(i, f"L{i}", to={"coarse": (6,)}) for i in (3, 4)),
+        ),
+    )
+    coarse = LabelTable("coarse", (Label(0, "Bg", tissue="air"), Label(6, "B"), Label(5, "A")))
+    volume = Volume(np.random.default_rng(0).normal(size=(12, 13, 11)).astype(np.float32), np.diag([-2, 2, 2, 1.0]))
+    result = segment(volume, Fake(Random(), fine), CPU, Options(keep_posteriors=True))
+    changed = in_scheme(result, coarse)
+    assert result.posteriors is not None
+    values = result.posteriors.values.float()
+    sums = torch.stack([values[0], values[3] + values[4], values[1] + values[2]])  # the network's grid is the scan's
+    top = sums.sort(0).values
+    clear = (top[-1] - top[-2] > 0.01).numpy()[::-1]
+    np.testing.assert_array_equal(changed.labels[clear], np.array([0, 6, 5])[sums.argmax(0).numpy()[::-1]][clear])
+    assert set(changed.hard_ml) == set(changed.soft_ml) == {"Bg", "A", "B"}
+    assert changed.soft_ml["A"] == pytest.approx(result.soft_ml["L1"] + result.soft_ml["L2"], rel=1e-3)
+    assert changed.table is coarse
+    with pytest.raises(LabelError):
+        in_scheme(changed, fine)
+    with pytest.raises(ValueError, match="posteriors"):
+        in_scheme(segment(volume, Fake(Random(), fine), CPU), coarse)
+
+
+def test_quality_is_judged_on_demand_from_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def judge(evidence: Evidence, model: object) -> Quality:
+        shown.append(evidence)
+        return Quality({"Blob": 0.9}, 0.9, ("look at it",), False)
+
+    monkeypatch.setattr(inference, "assess", judge)
+    assert segment(ball(), Fake(), CPU, Options(quality=False)).quality is None
+    assert not shown
+    options = Options(mode="robust", voxel_size_mm=1.8, crop_mm=(40.0, 80.0, 80.0), keep_posteriors=True)
+    result = segment(ball(), Fake(), CPU, options)
+    assert result.quality is not None
+    assert result.quality.scan == 0.9
+    assert "look at it" in result.warnings
+    (evidence,) = shown
+    assert result.posteriors is not None
+    assert evidence.probabilities is result.posteriors.values
+    np.testing.assert_array_equal(evidence.winner, evidence.probabilities.max(0).indices.numpy())
+    assert evidence.winner.dtype == np.uint8
+    assert evidence.image.shape == evidence.winner.shape
+    assert (evidence.voxel_size_mm, evidence.mode, evidence.cropped, evidence.rescaled) == (1.8, "robust", True, True)
+    assert evidence.agreement is not None
+    assert 0.9 < evidence.agreement["Blob"] <= 1
+    assert evidence.scan.data[evidence.box].shape[0] == 20
+    assert evidence.removed_voxels.tolist() == [0, 0]
+    plain = segment(ball(), Fake(), CPU)
+    assert plain.quality is not None
+    assert (shown[1].agreement, shown[1].cropped, shown[1].rescaled) == (None, False, False)
+
+
+# ------------------------------------------------------------------------------------------------- members
+
+
+SIDED = LabelTable("sided", (*FIVE.labels[:3], Label(30, "L", partner=40), Label(40, "R", partner=30)))
+
+
+def test_a_mirrored_member_swaps_sides_twice() -> None:
+    image = torch.rand(16, 24, 32)
+    model = Fake(Random(), SIDED)
+    found = predict(image, model, CPU, members=(Member(mirrored=True),), mixed_precision=False)
+    expected = predict(image.flip(0), model, CPU, mixed_precision=False).flip(1)[[0, 1, 2, 4, 3]]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shift", [(1, 2, 3), (7, 0, 5)])
+def test_a_shifted_member_gives_back_what_it_saw_where_it_was(shift: tuple[int, int, int]) -> None:
+    """A network that works in blocks of two voxels sees other blocks."""
+
+    class Blocks(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            mean = torch.nn.functional.avg_pool3d(image, 2)
+            logit = 9 * (torch.nn.functional.interpolate(mean, scale_factor=2) - 0.5)
+            return torch.cat([-logit, logit], 1)
+
+    image = torch.rand(16, 16, 16)
+    model = Fake(Blocks(), window=(8, 8, 8), multiple=2)
+    found = predict(image, model, CPU, members=(Member(shift=shift),), mixed_precision=False)
+    # By hand: zeros before, so that the blocks begin at -1 where the shift is odd
+    odd = [n % 2 for n in shift]
+    padded = torch.nn.functional.pad(image, [pad for n in reversed(odd) for pad in (n, n)])
+    with torch.no_grad():
+        expected = model.network(padded[None, None])[0].softmax(0)
+    expected = expected[:, odd[0] : odd[0] + 16, odd[1] : odd[1] + 16, odd[2] : odd[2] + 16]
+    torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_zoomed_member_sees_more_voxels_and_answers_on_the_grid_of_the_image() -> None:
+    volume = ball()
+    image = conform(volume, 2.0)
+    network = Recorder()
+    found = predict(image, Fake(network), CPU, members=(Member(zoom=1.25),), mixed_precision=False)
+    assert found.shape == (2, *image.shape)
+    expected = predict(image, Fake(), CPU, mixed_precision=False)
+    both = ((found[1] > 0.5) & (expected[1] > 0.5)).sum() * 2 / ((found[1] > 0.5).sum() + (expected[1] > 0.5).sum())
+    assert both > 0.98
+    assert network.seen[0].shape == (80, 64, 72)  # 80, 60 and 70 to multiples of 8
+
+
+def test_an_inverted_member_turns_tissue_and_leaves_air() -> None:
+    image = torch.tensor([0.0, 0.05, 0.2, 0.6, 1.0]).reshape(1, 1, 5)
+    found = prediction.inverted(image).flatten()
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.05, 0.9, 0.5, 0.1]))
+
+
+def test_the_mean_of_members_and_their_agreement_by_hand() -> None:
+    class Scripted(torch.nn.Module):
+        """Says class 1 in the first half at the first call, everywhere at the second; never class 2."""
+
+        calls = 0
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits = torch.full((1, 3, *image.shape[2:]), -20.0)
+            logits[:, 1] = 0.0
+            if self.calls == 0:
+                logits[:, 1, 8:], logits[:, 0, 8:] = -20.0, 1.0
+            self.calls += 1
+            return logits
+
+    table = LabelTable("three", tuple(Label(i, f"L{i}") for i in range(3)))
+    model = Fake(Scripted(), table, window=(16, 8, 8))
+    found = predict_with_agreement(torch.rand(16, 8, 8), model, CPU, (Member(), Member()), False)
+    np.testing.assert_allclose(found.probabilities[1, :8], 1.0, atol=1e-3)
+    np.testing.assert_allclose(found.probabilities[1, 8:], 0.5, atol=1e-3)
+    # The mean ties in the second half, and the first class is taken: 0. Class 1: the first member agrees wholly, the
+    # second has 2 x 8 against 8 + 16; class 0: 1 for the first member, none for the second.
+    assert found.agreement is not None
+    np.testing.assert_allclose(found.agreement, [0.5, (1 + 2 / 3) / 2, np.nan])
+
+
+def test_a_network_that_answers_with_nan_is_refused() -> None:
+    class Broken(Threshold):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(image)
+            logits[0, 1, 3, 4, 5] = torch.nan
+            return logits
+
+    with pytest.raises(CheckpointError, match="NaN"):
+        segment(ball(), Fake(Broken()), CPU)
+
+
+@pytest.mark.parametrize(("n", "window"), [(16, 16), (17, 16), (50, 16), (33, 32), (100, 24)])
+def test_tiles_cover_an_axis_and_their_shares_sum_to_one(n: int, window: int) -> None:
+    total = torch.zeros(n)
+    for tile in prediction._tiles(n, window):
+        assert 0 <= tile.span.start < tile.span.stop <= n
+        assert tile.span.stop - tile.span.start == min(n, window)
+        total[tile.span] += tile.share
+    torch.testing.assert_close(total, torch.ones(n))
 
 
 # ------------------------------------------------------------------------------------------------ clean-up
@@ -405,7 +704,7 @@ def test_timings_and_remarks() -> None:
     data[20:30, 20:30, 20:30] = 9  # 8 ml of "brain"
     volume = Volume(data, np.diag([2.0, 2.0, 2.0, 1.0]), warnings=("a remark on the file",))
     result = segment(volume, Fake(window=(64, 64, 64)), CPU, on_step=steps.append)
-    assert steps == list(result.timings_s) == ["conform", "network", "clean-up", "resample"]
+    assert steps == list(result.timings_s) == ["conform", "network", "clean-up", "resample", "quality"]
     assert result.warnings[0] == "a remark on the file"
     assert "8 ml" in result.warnings[1]
     assert canonical(volume).axcodes == ("R", "A", "S")

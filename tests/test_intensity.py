@@ -190,6 +190,40 @@ def test_a_sum_beyond_the_largest_number_is_not_taken_for_infinity() -> None:
     assert torch.isfinite(finite(both)).all()
 
 
+FLOATS = st.one_of(
+    st.floats(width=32),
+    st.sampled_from([0.0, -1000.0, 1e-45, -1e-40, 1e-38, 3.4e38, -3.4e38, float("nan"), float("inf"), float("-inf")]),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    values=st.lists(FLOATS, min_size=1, max_size=6),
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    seed=st.integers(0, 99),
+    noise=st.sampled_from([0.0, 1e-3, 1e30]),
+)
+def test_anything_finite_or_not_comes_out_between_zero_and_one(
+    values: list[float], shape: tuple[int, int, int], seed: int, noise: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.tensor(values, dtype=torch.float32)[torch.randint(len(values), shape, generator=generator)]
+    image = image + noise * torch.randn(shape, generator=generator)
+    before = image.clone()
+    out = normalise(fill_as_air(finite(image)))
+    assert out.shape == shape
+    assert bool(((out >= 0) & (out <= 1)).all())  # NaN is neither
+    assert looks_like_hounsfield(finite(image)) in (True, False)
+    torch.testing.assert_close(image, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_of_the_largest_numbers_do_not_hide_the_scan() -> None:
+    image = scan()
+    image[0, 0, :2] = 3.4e38
+    image[0, 1, :2] = -3.4e38
+    torch.testing.assert_close(normalise(image)[1:], normalise(scan())[1:], rtol=0, atol=0.02)
+
+
 # ---------------------------------------------------------------- fill values
 
 

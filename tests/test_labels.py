@@ -132,7 +132,7 @@ def test_a_scheme_is_found_by_path(tmp_path: Path) -> None:
 def test_unknown_scheme_names_the_nearest() -> None:
     with pytest.raises(LabelError, match="did you mean 'siam16'"):
         load_scheme("siam")
-    with pytest.raises(LabelError, match="brainweb, head, siam16"):
+    with pytest.raises(LabelError, match="brainweb, freesurfer, head, head45, siam16"):
         load_scheme("qqq")
 
 

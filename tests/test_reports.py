@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from synthseg.inference import Segmentation
 from synthseg.labels import load_scheme
+from synthseg.quality import Quality
 from synthseg.reports import overview_figure, volume_row, write_overview, write_volumes_csv
 from synthseg.volume import Volume
 
@@ -19,7 +20,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     hard_ml = dict.fromkeys(TABLE.names, 0.0) | {"Background": 999.0, "GM": 600.0, "WM": 400.5, "CSF": 200.25}
     hard_ml |= {"Ventricular-CSF": 30.0, "Skull": 700.0}
     soft_ml = {name: value + 1 for name, value in hard_ml.items()}
-    segmentation = Segmentation(np.zeros((1, 1, 1)), hard_ml, soft_ml)
+    segmentation = Segmentation(np.zeros((1, 1, 1)), np.eye(4), TABLE, hard_ml, soft_ml)
     rows = [volume_row("a, b.nii.gz", segmentation, TABLE), volume_row("c.nii", segmentation, TABLE)]
     write_volumes_csv(tmp_path / "volumes.csv", rows)
     with open(tmp_path / "volumes.csv", newline="") as file:
@@ -33,6 +34,20 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert first["intracranial_ml"] == "1230.750"
     assert float(first["brain_soft_ml"]) == pytest.approx(1000.5 + 10)  # ten structures of grey and white matter
     assert float(first["intracranial_soft_ml"]) == pytest.approx(1230.75 + 12)
+
+
+def test_a_table_with_tabs_and_what_is_not_known(tmp_path: Path) -> None:
+    volumes_ml = dict.fromkeys(TABLE.names, 1.0)
+    judged = Segmentation(np.zeros((1, 1, 1)), np.eye(4), TABLE, volumes_ml, volumes_ml)
+    rows = []
+    for score, passed in ((0.8765, True), (None, False)):
+        judged.quality = Quality({}, score, (), passed)
+        rows.append(volume_row(f"{passed}", judged, TABLE))
+    write_volumes_csv(tmp_path / "volumes.TSV", rows)
+    lines = (tmp_path / "volumes.TSV").read_text().splitlines()
+    assert lines[0].split("\t")[-2:] == ["predicted_dice", "passed"]
+    assert lines[1].split("\t")[-2:] == ["0.876", "yes"]
+    assert lines[2].split("\t")[-2:] == ["n/a", "no"]
 
 
 def scan_with_marks() -> tuple[Volume, np.ndarray]:

@@ -89,13 +89,13 @@ TO_SIAM16 = {
 }
 
 
-@pytest.fixture(params=["brainweb", "head", "head45", "siam16"])
+@pytest.fixture(params=["brainweb", "freesurfer", "head", "head45", "siam16"])
 def scheme(request: pytest.FixtureRequest) -> LabelTable:
     return load_scheme(request.param)
 
 
 def test_what_ships() -> None:
-    assert available_schemes() == ["brainweb", "head", "head45", "siam16"]
+    assert available_schemes() == ["brainweb", "freesurfer", "head", "head45", "siam16"]
 
 
 def test_siam16_has_the_published_ids() -> None:
@@ -129,6 +129,26 @@ def test_head45_is_the_head_with_small_structures_merged(head: LabelTable) -> No
     ]
     assert all(head.mapping(head45)[head.index_of[label.id]] == head45.index_of[label.id] for label in kept)
     np.testing.assert_array_equal(head45.mapping(siam)[head.mapping(head45)], head.mapping(siam))
+
+
+def test_head45_is_the_same_in_freesurfers_ids() -> None:
+    head45, freesurfer = load_scheme("head45"), load_scheme("freesurfer")
+    there, back = head45.mapping(freesurfer), freesurfer.mapping(head45)
+    np.testing.assert_array_equal(back[there], range(len(head45)))
+    np.testing.assert_array_equal(
+        freesurfer.mapping(load_scheme("siam16"))[there], head45.mapping(load_scheme("siam16"))
+    )
+    # FreeSurferColorLUT.txt; in its table 502 to 516 are fields of the hippocampus
+    head = {"Dura": 98, "Spinal-Cord": 126, "Globe": 134, "Artery": 902, "Other-Tissues": 907, "Rectus-Muscles": 908}
+    head |= {"Mucosa": 909, "Skin": 911, "Vein": 914, "Bone-Cortical": 915, "Bone-Cancellous": 916, "Optic-Nerve": 930}
+    for label, target in zip(head45.labels[1:], there[1:], strict=True):
+        renamed = freesurfer.labels[target]
+        assert renamed.name == label.name.replace("EyeBalls", "Globe")
+        assert renamed.id == head.get(renamed.name, label.id), label.name
+        assert FREESURFER.get(renamed.id, renamed.name) == renamed.name
+        assert (renamed.tissue, renamed.components) == (label.tissue, label.components)
+    siam_alone = load_scheme("siam16")
+    assert not any("freesurfer" in label.to for label in siam_alone.labels)
 
 
 def test_siam16_and_head45_say_the_same_of_each_other() -> None:

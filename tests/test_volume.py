@@ -1,5 +1,6 @@
 """Files, geometry and resampling, on volumes of unequal sides and anisotropic voxels."""
 
+import gzip
 import itertools
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 from nibabel.processing import resample_from_to
 from scipy.spatial.transform import Rotation
 
+from synthseg import image_files
 from synthseg.errors import InputError, OutputError
 from synthseg.volume import (
     Volume,
@@ -161,6 +163,173 @@ def test_a_header_without_orientation_is_remarked_on(tmp_path: Path) -> None:
     image.header.set_zooms((2, 2, 2))
     nib.save(image, tmp_path / "a.nii.gz")
     assert any("orientation" in warning for warning in load_volume(tmp_path / "a.nii.gz").warnings)
+
+
+def nifti(
+    path: Path, qform: np.ndarray | None, sform: np.ndarray | None, codes: tuple[int, int] = (1, 1), unit: str = "mm"
+) -> Path:
+    header = nib.Nifti1Header()
+    header.set_data_shape((30, 31, 32))
+    header.set_data_dtype(np.int16)
+    header.set_qform(qform, codes[0] if qform is not None else 0)
+    header.set_sform(sform, codes[1] if sform is not None else 0)
+    header.set_xyzt_units(unit)
+    nib.save(nib.Nifti1Image(some_data((30, 31, 32)), None, header), path)
+    return path
+
+
+def test_two_orientations_in_one_header_are_remarked_on(tmp_path: Path) -> None:
+    affine = oblique_affine(2, (5.0, 6.0, 7.0))
+    mirrored = affine @ np.diag([-1.0, 1.0, 1.0, 1.0])
+    volume = load_volume(nifti(tmp_path / "a.nii", mirrored, affine))
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-3)  # the sform is used, as nibabel and FSL do
+    assert len(volume.warnings) == 1
+    assert "two orientations" in volume.warnings[0]
+    assert "".join(nib.aff2axcodes(mirrored)) in volume.warnings[0]
+
+
+def test_a_shift_between_qform_and_sform_of_one_space_is_remarked_on(tmp_path: Path) -> None:
+    affine = np.diag([5.0, 6.0, 7.0, 1.0])
+    moved = affine.copy()
+    moved[1, 3] = 30.0
+    assert "30 mm apart" in load_volume(nifti(tmp_path / "a.nii", moved, affine)).warnings[0]
+    assert load_volume(nifti(tmp_path / "b.nii", moved, affine, (1, 4))).warnings == ()  # moved to a template
+    assert load_volume(nifti(tmp_path / "c.nii", affine, affine)).warnings == ()
+    nearly = affine.copy()
+    nearly[:3, 3] = 0.4
+    assert load_volume(nifti(tmp_path / "d.nii", nearly, affine)).warnings == ()
+
+
+def test_two_voxel_sizes_in_one_header_are_remarked_on(tmp_path: Path) -> None:
+    affine = np.diag([5.0, 6.0, 7.0, 1.0])
+    larger = np.diag([5.5, 6.6, 7.7, 1.0])
+    volume = load_volume(nifti(tmp_path / "a.nii", affine, larger, (1, 4)))
+    assert "two voxel sizes (5 x 6 x 7 and, by its sform, 5.5 x 6.6 x 7.7)" in volume.warnings[0]
+    np.testing.assert_allclose(volume.spacing_mm, (5.5, 6.6, 7.7), rtol=1e-5)
+
+
+def test_a_damaged_qform_beside_a_good_sform_is_remarked_on(tmp_path: Path) -> None:
+    affine = np.diag([5.0, 6.0, 7.0, 1.0])
+    content = bytearray(nifti(tmp_path / "a.nii", affine, affine).read_bytes())
+    content[256:268] = np.array([3.0, 3.0, 3.0], "<f4").tobytes()  # no rotation has such a quaternion
+    (tmp_path / "a.nii").write_bytes(content)
+    volume = load_volume(tmp_path / "a.nii")
+    assert volume.warnings == ("the qform of the header is damaged; the sform is used",)
+    np.testing.assert_allclose(volume.affine, affine)
+    save_label_map(tmp_path / "b.nii.gz", np.zeros((30, 31, 32), int), volume, [1])
+    np.testing.assert_allclose(nib.load(tmp_path / "b.nii.gz").affine, affine)
+
+
+def test_what_the_library_mends_in_a_header_is_not_printed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = nifti(tmp_path / "a.nii", np.eye(4) * 5, np.eye(4) * 5)
+    content = bytearray(path.read_bytes())
+    content[80:84] = np.array([-5.0], "<f4").tobytes()  # a voxel size below zero
+    path.write_bytes(content)
+    load_volume(path)
+    assert caplog.records == []
+    assert capsys.readouterr().err == ""
+    nib.load(path)
+    assert len(caplog.records) == 1  # elsewhere the library may speak
+
+
+@pytest.mark.parametrize(("unit", "word"), [("meter", "metres"), ("micron", "microns")])
+def test_a_unit_that_the_header_names_but_does_not_use_is_remarked_on(tmp_path: Path, unit: str, word: str) -> None:
+    affine = np.diag([5.0, 6.0, 7.0, 1.0])
+    volume = load_volume(nifti(tmp_path / "a.nii", affine, affine, unit=unit))
+    np.testing.assert_allclose(volume.affine, affine)
+    assert volume.warnings == (
+        f"the header gives positions in {word}, but they are those of a head in mm; taken as mm",
+    )
+
+
+def test_units_of_microns_are_converted(tmp_path: Path) -> None:
+    affine = np.diag([5000.0, 6000.0, 7000.0, 1.0])
+    affine[:3, 3] = -90_000, 20_000, 10
+    volume = load_volume(nifti(tmp_path / "a.nii", affine, affine, unit="micron"))
+    np.testing.assert_allclose(volume.affine[:3], affine[:3] / 1000, rtol=1e-5)
+    assert volume.warnings == ("the header gives positions in microns; converted to mm",)
+
+
+@pytest.mark.parametrize("suffix", [".mgh", ".mgz"])
+def test_an_mgh_file_without_orientation_is_remarked_on(tmp_path: Path, suffix: str) -> None:
+    image = nib.MGHImage(some_data((30, 31, 32)), np.diag([5.0, 6.0, 7.0, 1.0]))
+    nib.save(image, tmp_path / f"good{suffix}")
+    assert load_volume(tmp_path / f"good{suffix}").warnings == ()
+    content = bytearray((tmp_path / f"good{suffix}").read_bytes())
+    content = bytearray(gzip.decompress(content)) if suffix == ".mgz" else content
+    content[28:30] = b"\0\0"
+    (tmp_path / f"bad{suffix}").write_bytes(gzip.compress(content) if suffix == ".mgz" else content)
+    assert any("orientation" in warning for warning in load_volume(tmp_path / f"bad{suffix}").warnings)
+
+
+# --------------------------------------------------------------------------------------- sizes and damage
+
+
+def test_a_header_that_promises_more_than_the_file_can_hold_is_refused_at_once(tmp_path: Path) -> None:
+    """20 GB by its header: nothing of it may be asked for."""
+    for name in ("a.nii", "a.nii.gz"):
+        content = nifti(tmp_path / "b.nii", np.eye(4) * 5, np.eye(4) * 5).read_bytes()
+        header = content[:42] + np.array([1200, 1200, 1400], "<i2").tobytes() + content[48:]
+        header = header[:280] + np.diag([0.1, 0.1, 0.1, 1]).astype("<f4")[:3].tobytes() + header[328:]
+        (tmp_path / name).write_bytes(gzip.compress(header) if name.endswith("gz") else header)
+        with pytest.raises(InputError, match=f"{name}: .*promises 4032000352 bytes for 1200 x 1200 x 1400 voxels"):
+            load_volume(tmp_path / name)
+
+
+def test_more_voxels_than_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "MAX_VOXELS", 30 * 31 * 32 - 1)
+    with pytest.raises(InputError, match=r"30 x 31 x 32 voxels; expected at most .* crop it"):
+        load_volume(nifti(tmp_path / "a.nii", np.eye(4) * 5, np.eye(4) * 5))
+
+
+def test_the_checksum_of_a_compressed_file_is_read(tmp_path: Path) -> None:
+    """Behind the last voxel lie the checksum and the length: with either damaged, the voxels cannot be trusted."""
+    path = nifti(tmp_path / "a.nii.gz", np.eye(4) * 5, np.eye(4) * 5)
+    good = path.read_bytes()
+    for position in (-8, -4):
+        content = bytearray(good)
+        content[position] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"a\.nii\.gz: cannot be read"):
+            load_volume(path)
+    path.write_bytes(good)
+    load_volume(path)
+
+
+def test_files_in_several_parts_and_with_padding_are_read(tmp_path: Path) -> None:
+    """Gzip allows both: parallel compressors write parts, tapes pad with zeros."""
+    path = nifti(tmp_path / "a.nii", np.eye(4) * 5, np.eye(4) * 5)
+    content = path.read_bytes()
+    parts = gzip.compress(content[:9000]) + gzip.compress(content[9000:]) + bytes(512)
+    (tmp_path / "b.nii.gz").write_bytes(parts)
+    np.testing.assert_array_equal(load_volume(tmp_path / "b.nii.gz").data, load_volume(path).data)
+
+
+def test_reading_needs_no_isal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nifti(tmp_path / "a.nii.gz", np.eye(4) * 5, np.eye(4) * 5)
+    fast = load_volume(path)
+    monkeypatch.setattr(image_files, "_open_gzip", gzip.open)
+    np.testing.assert_array_equal(load_volume(path).data, fast.data)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_volume(path)
+
+
+def test_the_header_of_a_pair_of_files_is_refused(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Pair(some_data((30, 31, 32)), np.eye(4) * 5), tmp_path / "a.img")
+    (tmp_path / "b.nii").write_bytes((tmp_path / "a.hdr").read_bytes() + (tmp_path / "a.img").read_bytes())
+    with pytest.raises(InputError, match=r"b\.nii: "):
+        load_volume(tmp_path / "b.nii")
+
+
+def test_a_flip_of_a_single_voxel_is_no_flip() -> None:
+    """A side of one voxel that runs backwards gives a negative stride, which torch does not take."""
+    volume = Volume(some_data((1, 8, 9)), np.diag([-5.0, 2.0, 3.0, 1.0]))
+    ras = canonical(volume)
+    torch.from_numpy(np.ascontiguousarray(ras.data))
+    np.testing.assert_allclose(ras.affine, np.diag([5.0, 2.0, 3.0, 1.0]))
 
 
 def test_names() -> None:
@@ -314,7 +483,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nib, "save", save_half)
+    monkeypatch.setattr("synthseg.volume.write_image", save_half)
     volume = Volume(some_data(), np.eye(4))
     with pytest.raises(OutputError, match="No space left"):
         save_label_map(target, some_data(), volume, [0])

@@ -12,11 +12,13 @@ import torch
 from synthseg.config import AnatomyConfig, AnomalyConfig, GeneratorConfig, TrainConfig
 from synthseg.config.artefacts import MaskingConfig, ModesConfig
 from synthseg.config.training import ScanConfig
+from synthseg.conforming import check_size, conform, crop, head_box
 from synthseg.errors import ConfigError
 from synthseg.generator.plan import sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable, load_scheme
-from synthseg.prediction import check_size, conform, crop, head_box, predict, to_scan_grid
+from synthseg.posteriors import Posteriors, scan_grid
+from synthseg.prediction import predict
 from synthseg.templates import Template, read_label_map
 from synthseg.training.stream import group_table
 from synthseg.volume import Volume, canonical, image_stem, load_volume
@@ -151,7 +153,7 @@ def load_scan(scan: ScanConfig, voxel_size_mm: float, target: LabelTable) -> Lab
         classes = {index: name for index, name in classes.items() if name in scan.classes}
     box = head_box(whole)
     ras = crop(whole, box)
-    check_size(ras, voxel_size_mm)
+    check_size(ras, voxel_size_mm, len(target))
     inside = Volume(np.ascontiguousarray(truth[box]), ras.affine)
     outside = counts - np.bincount(inside.data.ravel(), minlength=len(groups))
     name = scan.name or image_stem(Path(scan.image))
@@ -197,7 +199,8 @@ def scan_table(
     for scan in scans:
         with torch.no_grad():
             probabilities = predict(scan.image, model, torch.device(device), mixed_precision=False)
-            guess, _, _ = to_scan_grid(probabilities, scan.truth, model.voxel_size_mm, torch.device(device))
+            posteriors = Posteriors.covering(probabilities, target, scan.truth, model.voxel_size_mm, device)
+            guess = posteriors.indices_on(scan_grid(scan.truth)).labels
         n_groups, n_classes = scan.groups.shape
         pairs = scan.truth.data.astype(np.int64) * n_classes + guess
         confusion = np.bincount(pairs.ravel(), minlength=n_groups * n_classes).reshape(n_groups, n_classes)

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from scipy import ndimage as ndi
 
+from synthseg.conforming import conform
 from synthseg.inference import clean_up
 from synthseg.labels import load_scheme
 from synthseg.networks.checkpoint import load_model
 from synthseg.paths import data_dir
-from synthseg.prediction import conform, predict
+from synthseg.prediction import Member, predict
 from synthseg.volume import canonical, load_volume
 
 AIR, GM, WM, CSF, VENTRICLE, CEREBELLAR_GM, THALAMUS = range(7)
@@ -300,11 +301,12 @@ def draw() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     torch.set_num_threads(1)  # sums in the same order on every machine
     model = load_model("siam16")
     ras = canonical(load_volume(data_dir("samples") / "colin27_t1.nii.gz"))
+    members = (Member(), Member(mirrored=True))
     with torch.inference_mode():
         image = conform(ras, model.voxel_size_mm)
         if image.shape != ras.data.shape:
             raise SystemExit("the network does not work at the voxel size of the scan (1 mm)")
-        probability = predict(image, model, torch.device("cpu"), tta=True, mixed_precision=False)
+        probability = predict(image, model, torch.device("cpu"), members=members, mixed_precision=False)
         clean_up(probability, model.labels)
     labels = probability.max(0).indices.numpy().astype(np.uint8)
     return labels, probability.numpy(), np.asarray(ras.data, dtype=np.float32), ras.affine

@@ -66,7 +66,7 @@ def test_a_network_that_is_right_scores_high_on_the_grid_of_the_scan(make_config
 def test_figures_are_those_of_inference(make_config: Any, scan: dict[str, str]) -> None:
     """Same labels as ``segment`` without its clean-up, scored by the Dice of ``metrics``."""
     from synthseg import inference
-    from synthseg.prediction import Model
+    from synthseg.prediction import winners
     from synthseg.training.validation import _Live
     from synthseg.volume import load_volume
 
@@ -76,10 +76,11 @@ def test_figures_are_those_of_inference(make_config: Any, scan: dict[str, str]) 
     network = torch.nn.Conv3d(1, len(siam), 3, padding=1)  # says anything
     torch.nn.init.normal_(network.weight, std=3.0)
     row = scan_table(network, config, load_scans(config, siam), siam)["scan"]
-    model: Model = _Live(network, siam, 3.0, (64, 64, 64), 8)
+    model = _Live(network, siam, 3.0, (64, 64, 64), 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "clean_up", lambda *_: None)
-        found = inference.segment(load_volume(scan["image"]), model, mixed_precision=False).labels
+        patch.setattr(inference, "clean_up", lambda values, table, _: (winners(values), np.zeros(len(table))))
+        options = inference.Options(mixed_precision=False, quality=False)
+        found = inference.segment(load_volume(scan["image"]), model, options=options).labels
     truth = np.vectorize({0: 0, 2: 2, 3: 1, 24: 3, 515: 15, 511: 16}.get)(head_ids())
     ids = [siam.ids[siam.names.index(name)] for name in row]
     np.testing.assert_allclose(list(row.values()), dice(found, truth, ids), atol=1e-4)
