@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MANY_SCANS = 100  # pictures of a larger batch are smaller, so that the file still opens
 MANY_WIDTH_PX = 1000
+COMPARED_FROM = 4  # scans with a known volume; of fewer, each lies at an end or in the middle
 MOST_DOTS = 100  # in the picture of one volume over the batch
 _TOTALS = ("intracranial", "brain")
 _HARD, _SOFT = "_ml", "_soft_ml"
@@ -265,7 +266,8 @@ class _Page:
         return {
             name: Distribution.of([(number, entry.volumes[f"{name}{_HARD}"]) for number, entry in known], MOST_DOTS)
             for name in self._structures
-            if (known := [(i, e) for i, e in enumerate(self.entries) if _finite(e.volumes.get(f"{name}{_HARD}"))])
+            if len(known := [(i, e) for i, e in enumerate(self.entries) if _finite(e.volumes.get(f"{name}{_HARD}"))])
+            >= COMPARED_FROM
         }
 
     def _scan(self, number: int, entry: ReportEntry) -> dict[str, Any]:

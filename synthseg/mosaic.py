@@ -29,6 +29,7 @@ WIDTH_PX = 1400
 HEIGHT_PX = 1400  # at most; a field of view that is long and thin makes a narrower picture
 THUMBNAIL_PX = (420, 132)  # at most
 GAP_PX = 4
+CAPTION_PX = 19  # below each row of the mosaic: sides and indices, where no outline covers them
 _GREY_QUALITY = 72
 _THUMBNAIL_QUALITY = 70
 _THUMBNAIL_OPACITY = 0.45
@@ -97,7 +98,7 @@ def draw_mosaic(volume: Volume, labels: np.ndarray, table: LabelTable, width_px:
     small_cells, small_size = _layout(middle, box, ras.spacing_mm, THUMBNAIL_PX, one_row=True)
     present = [int(index) for index in np.flatnonzero(np.bincount(indices.ravel(), minlength=len(table))) if index > 0]
     return Mosaic(
-        grey=_encode(drawing.grey(cells, size, marked=True), quality=_GREY_QUALITY, method=4),
+        grey=_encode(drawing.grey(cells, size), quality=_GREY_QUALITY, method=4),
         outlines=_encode(drawing.outlines(cells, size), lossless=True, quality=60, method=4),
         size=size,
         thumbnail=_encode(drawing.colored(small_cells, small_size), quality=_THUMBNAIL_QUALITY, method=4),
@@ -184,6 +185,7 @@ def _layout(
     """Place the slices at one scale, centred: a row for each plane, or all in one row."""
     sides_mm = [(box[axis][1] - box[axis][0]) * spacing_mm[axis] for axis in range(3)]
     placed = [(plane, int(position)) for plane, of_plane in enumerate(positions) for position in of_plane]
+    caption = 0 if one_row else CAPTION_PX
     rows = [placed] if one_row else [[cell for cell in placed if cell[0] == plane] for plane in range(3)]
 
     def width_mm(row: list[tuple[int, int]]) -> float:
@@ -194,7 +196,7 @@ def _layout(
 
     scale = min(
         *((most_px[0] - (len(row) - 1) * GAP_PX) / width_mm(row) for row in rows),
-        (most_px[1] - (len(rows) - 1) * GAP_PX) / sum(map(height_mm, rows)),
+        (most_px[1] - (len(rows) - 1) * GAP_PX - len(rows) * caption) / sum(map(height_mm, rows)),
     )
     widths = [max(1, int(sides_mm[across] * scale)) for _, _, across, _, _ in PLANES]
     heights = [max(1, int(sides_mm[up] * scale)) for _, _, _, up, _ in PLANES]
@@ -210,7 +212,7 @@ def _layout(
                 _Cell(plane, position, int(left), top + (height - heights[plane]) // 2, widths[plane], heights[plane])
             )
             left += widths[plane] + gap
-        top += height + GAP_PX
+        top += height + caption + GAP_PX
     return cells, (total, top - GAP_PX)
 
 
@@ -226,27 +228,24 @@ class _Drawing:
     orientation: np.ndarray
     file_shape: tuple[int, ...]
 
-    def grey(self, cells: Sequence[_Cell], size: tuple[int, int], marked: bool) -> Image:
-        """The slices in grey (L), with letters for the sides and the index of each slice in its file."""
+    def grey(self, cells: Sequence[_Cell], size: tuple[int, int]) -> Image:
+        """The slices in grey (L); below them letters for the sides and the index of each slice in its file."""
         from PIL import Image, ImageDraw, ImageFont
 
         canvas = Image.new("L", size, 0)
         for cell in cells:
             canvas.paste(self._grey_slice(cell), (cell.left, cell.top))
-        if marked:
-            pen = ImageDraw.Draw(canvas)
-            large, small = ImageFont.load_default(18), ImageFont.load_default(13)
-            shadow: dict[str, Any] = {"fill": 255, "stroke_width": 2, "stroke_fill": 0}
-            begun: set[int] = set()
-            for cell in cells:
-                right, top = cell.left + cell.width, cell.top + 4
-                if cell.plane not in begun:
-                    begun.add(cell.plane)
-                    sides = PLANES[cell.plane][4]
-                    pen.text((cell.left + 4, top), sides[0], anchor="lt", font=large, **shadow)
-                    pen.text((right - 4, top), sides[1], anchor="rt", font=large, **shadow)
-                where = (cell.left + 4, cell.top + cell.height - 3)
-                pen.text(where, self._file_index(cell), anchor="ls", font=small, **shadow)
+        pen = ImageDraw.Draw(canvas)
+        large, small = ImageFont.load_default(17), ImageFont.load_default(13)
+        begun: set[int] = set()
+        for cell in cells:
+            left, right, below = cell.left, cell.left + cell.width, cell.top + cell.height + CAPTION_PX - 4
+            if cell.plane not in begun:
+                begun.add(cell.plane)
+                sides = PLANES[cell.plane][4]
+                pen.text((left + 2, below), sides[0], fill=255, anchor="ls", font=large)
+                pen.text((right - 2, below), sides[1], fill=255, anchor="rs", font=large)
+            pen.text(((left + right) / 2, below), self._file_index(cell), fill=190, anchor="ms", font=small)
         return canvas
 
     def outlines(self, cells: Sequence[_Cell], size: tuple[int, int]) -> Image:

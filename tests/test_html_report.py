@@ -226,6 +226,15 @@ def test_any_number_of_scans_and_any_lack_of_facts(tmp_path: Path, n: int) -> No
     assert json.loads(re.findall(r'id="numbers">(.*?)</script>', page)[0])["names"] == ["a", "b"][:n]
 
 
+def test_two_or_three_scans_are_not_compared(tmp_path: Path) -> None:
+    entries = [entry("a"), entry("b"), entry("c"), dataclasses.replace(entry("d"), volumes={})]
+    assert "Volumes over the batch" not in page_of(tmp_path / "r.html", entries)
+    entries[3] = entry("d", 51.0)
+    page = page_of(tmp_path / "r.html", entries)
+    assert "Volumes over the batch" in page
+    assert "Hippocampus: median 50.0 ml, from 50.0 to 51.0 ml" in page
+
+
 def test_without_calibration_the_page_says_so(tmp_path: Path) -> None:
     page = page_of(tmp_path / "r.html", [entry("a", score=None), entry("b", score=None)])
     assert "has no calibration" in page
