@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from synthseg.devices import resolve_device
-from synthseg.errors import ConfigError, InputError
+from synthseg.errors import ConfigError, InputError, SynthSegError
 from synthseg.image_files import check_image
-from synthseg.inference import Mode, Options, Segmentation, in_scheme
+from synthseg.inference import Mode, Options, Segmentation
 from synthseg.inference import segment as segment_volume
-from synthseg.labels import load_scheme
+from synthseg.memory import as_shortage
 from synthseg.networks.checkpoint import Model, load_model, model_path
+from synthseg.outputs import relabelled, target_table
 from synthseg.volume import Volume, load_volume
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def segment(
     ------
     synthseg.errors.SynthSegError
         Or rather one of its kinds: InputError for an image that cannot be used, CheckpointError for a model, LabelError
-        for a scheme, DeviceError for a device, ConfigError for any other argument.
+        for a scheme, DeviceError for a device, MemoryShortageError, ConfigError for any other argument.
     """
     box = None
     if crop_mm is not None:
@@ -85,17 +86,29 @@ def segment(
     )
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads}; expected 1 or more")
-    target = None if scheme is None else load_scheme(scheme)
     torch_device = torch.device(device) if isinstance(device, torch.device) else resolve_device(device)
-    volume = as_volume(image)
-    with _threads(threads):
+    with _refused_memory_named(), _threads(threads):
+        volume = as_volume(image)
         loaded = _loaded(model, torch_device) if isinstance(model, (str, Path)) else model
+        if scheme is not None:
+            target_table(loaded.labels, scheme)
         result = segment_volume(volume, loaded, torch_device, options)
-        if target is not None:
-            result = in_scheme(result, target)
+        if scheme is not None:
+            result = relabelled(result, scheme)
     if not keep_posteriors:
         result.posteriors = None
     return result
+
+
+@contextmanager
+def _refused_memory_named() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, SynthSegError) as error:
+        shortage = as_shortage(error) or (as_shortage(error.__cause__) if error.__cause__ is not None else None)
+        if shortage is None:
+            raise
+        raise shortage from error
 
 
 def _loaded(model: str | Path, device: torch.device) -> Model:

@@ -178,7 +178,11 @@ def scheme_of(
     if found.kind.startswith("CHARM"):
         return table_from(charm_entries(), ids, name, "CHARM's tissues"), "made from CHARM's tissues"
     fitting = [s for s in available_schemes() if set(ids) <= set(load_scheme(s).index_of)]
-    if "head" in fitting and set(fitting) <= {"head", "head45", "freesurfer"}:  # its ids are FreeSurfer's and CHARM's; small numbers would mean anything
+    if "head" in fitting and set(fitting) <= {
+        "head",
+        "head45",
+        "freesurfer",
+    }:  # its ids are FreeSurfer's and CHARM's; small numbers would mean anything
         return "head", "every id is one of FreeSurfer's or CHARM's"
     raise LabelError(how_to_write(ids, fitting))
 

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import logging
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,8 @@ def check_readable(path: Path) -> None:
             raise InputError(f"{path}: there is no such file; check the path")
         if not path.is_file():
             raise InputError(f"{path}: is not a regular file; expected an image file")
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: may not be read (permission denied); check its permissions")
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from synthseg.errors import SynthSegError
+from synthseg.memory import as_shortage
 
 DEFAULT_MODEL = "siam16"
 
@@ -63,6 +64,9 @@ def report(error: Exception, debug: bool, subject: str = "") -> int:
         traceback.print_exception(error)
     if isinstance(error, SynthSegError):
         say(f"error: {error}")
+        return 2
+    if (shortage := as_shortage(error)) is not None:
+        say(f"error: {subject}{shortage}")
         return 2
     if hasattr(error, "format_message"):  # a usage error of click, or of the copy of click inside typer
         say(f"error: {error.format_message()} (see synthseg --help)")

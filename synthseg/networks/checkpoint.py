@@ -34,7 +34,7 @@ MAX_LEVELS = 10
 MAX_WINDOW_VOXELS = 320**3
 VOXEL_SIZES_MM = (0.1, 16.0)
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
+_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from synthseg.templates import Template, read_label_map
 from synthseg.training.stream import group_table
 from synthseg.volume import Volume, canonical, image_stem, load_volume
 
+CENTRED_MM = 5.0  # how far a head that is seen whole may lie from the middle of the image
+
 
 def exact_index(template: Template, target: LabelTable) -> torch.Tensor:
     """The class of ``target`` for each label of a template. Raises ConfigError if it cannot tell classes apart."""
@@ -44,8 +46,15 @@ def whole_head(config: GeneratorConfig, contrast: str) -> GeneratorConfig:
         }
     )
     only = config.contrast.only("random" if contrast.startswith("random") else contrast)
+    centred = config.deform.model_copy(update={"translation_mm": min(CENTRED_MM, config.deform.translation_mm)})
     return config.model_copy(
-        update={"anatomy": AnatomyConfig(), "anomalies": AnomalyConfig(), "contrast": only, "artefacts": quiet}
+        update={
+            "anatomy": AnatomyConfig(),
+            "anomalies": AnomalyConfig(),
+            "deform": centred,
+            "contrast": only,
+            "artefacts": quiet,
+        }
     )
 
 
