@@ -143,25 +143,27 @@ class _Run:
         self._stop = threading.Event()
         self._reader: ThreadPoolExecutor | None = None
         self._writer: ThreadPoolExecutor | None = None
+        self._claims: list[Claim] = []  # every one that was taken; a signal may come between any two lines
         self._read_ahead: Future[_Ready] | None = None
         self._writing: Future[None] | None = None
 
     @contextmanager
     def threads(self, several: bool) -> Iterator[None]:
         """The two threads; none for a single scan. At the end, however it comes, no claim is left behind."""
-        if not several:
-            yield
-            return
-        with ThreadPoolExecutor(1, "synthseg-read") as reader, ThreadPoolExecutor(1, "synthseg-write") as writer:
-            self._reader, self._writer = reader, writer
-            self._leave_cores_to_the_network()
-            try:
+        try:
+            if not several:
                 yield
-            finally:
-                self._stop.set()
-                if self._read_ahead is not None:
-                    with suppress(Exception):
-                        self._read_ahead.result().claim.release()
+                return
+            with ThreadPoolExecutor(1, "synthseg-read") as reader, ThreadPoolExecutor(1, "synthseg-write") as writer:
+                self._reader, self._writer = reader, writer
+                self._leave_cores_to_the_network()
+                try:
+                    yield
+                finally:
+                    self._stop.set()
+        finally:
+            for claim in self._claims:
+                claim.release()
 
     def _leave_cores_to_the_network(self) -> None:
         """On a CPU, reading and writing must not compete with the network for all cores: its threads would wait."""
@@ -206,6 +208,7 @@ class _Run:
         """Claim a job, see what is left to do, and read its scan."""
         start = time.perf_counter()
         ready = _Ready(job, Claim(job.targets.labels))
+        self._claims.append(ready.claim)
         try:
             while not ready.claim.take(POLL_S if wait else 0.0):
                 if not wait or self._stop.is_set():

@@ -47,28 +47,29 @@ class Claim:
                 raise OutputError(
                     f"{self.output}: cannot be written ({error.strerror}); choose another place"
                 ) from error
-            lock = FileLock(self._file, thread_local=False)
+            lock = self._lock = FileLock(self._file, thread_local=False)  # known before it is held: see release
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a file system without flock
                     lock.acquire(timeout=timeout_s, poll_interval=0.2)
             except Timeout:
+                self._lock = None
                 return False
             except FileNotFoundError:
+                self._lock = None
                 continue  # another run removed the empty folder in between
             except OSError:
-                return True
-            self._lock = lock
+                self._lock = None
             return True
         raise OutputError(f"{self.output}: its folder disappears again and again; choose another place")
 
     def release(self) -> None:
-        """Give the claim up. Does nothing if it is not held."""
-        if self._lock is not None:
+        """Give the claim up. Does nothing if it is not held; one whose taking was interrupted is given up too."""
+        if self._lock is not None and self._lock.is_locked:
             with contextlib.suppress(OSError):
                 self._file.unlink()  # while it is locked: who waits for it sees that this file is gone
             self._lock.release()
-            self._lock = None
+        self._lock = None
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # fails, as it should, unless it is empty

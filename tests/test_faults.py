@@ -39,6 +39,8 @@ def start(
     if kill_at is not None:
         environment["SEGMENTING_KILL_AT"] = str(kill_at)
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so all that they start.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 

@@ -53,7 +53,7 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert Path(found["where"]) == installed / "synthseg"
-    assert found["schemes"] == ["brainweb", "head", "siam16"]
+    assert found["schemes"] == ["brainweb", "freesurfer", "head", "head45", "siam16"]
     assert found["models"] == {"siam16": 17}
     assert found["templates"] == {"colin27": 17, "phantom": 55}
     assert found["recipe"] == "phantom"
