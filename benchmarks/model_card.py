@@ -230,16 +230,24 @@ segmented from its file: at most **{invariance["worst"]} of {invariance["voxels"
 
 def speed_section(model: Model, speed: dict[str, Any]) -> str:
     rows = [
-        [row["scan"], " × ".join(map(str, row["shape"])), f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}"]
+        [
+            row["scan"],
+            " × ".join(map(str, row["shape"])),
+            row["mode"],
+            f"{row['seconds']:.1f}",
+            f"{row['peak_gb']:.2f}",
+            ", ".join(f"{name} {spent:.1f}" for name, spent in row["steps_s"].items()),
+        ]
         for row in speed["rows"]
     ]
     return f"""## Time and memory
 
 The whole command in a fresh process, {speed["threads"]} threads of a two-core CPU, no GPU:
 
-{table(["scan", "voxels", "seconds", "peak GB"], rows)}
+{table(["scan", "voxels", "mode", "seconds", "peak GB", "of them, seconds a step"], rows)}
 
-    python benchmarks/bench_segment.py --model {model.name} --out benchmarks/results/{model.name}_speed.json
+    python benchmarks/bench_segment.py --model {model.name} --modes default fast robust --sizes 1 8 64 \\
+        --out benchmarks/results/{model.name}_speed.json
 """
 
 

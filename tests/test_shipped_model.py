@@ -22,8 +22,48 @@ def colin(model: Model) -> Segmentation:
     return segment(load_volume(data_dir("samples") / "colin27_t1.nii.gz"), model)
 
 
-def test_the_weights_file_is_small_enough_to_ship() -> None:
-    assert (data_dir("weights") / "siam16.safetensors").stat().st_size <= 15e6
+@pytest.fixture(scope="module")
+def head() -> Model:
+    return load_model("head")
+
+
+@pytest.fixture(scope="module")
+def colin_sided(head: Model) -> Segmentation:
+    return segment(load_volume(data_dir("samples") / "colin27_t1.nii.gz"), head)
+
+
+@pytest.mark.parametrize("name", ["siam16", "head"])
+def test_the_weights_file_is_small_enough_to_ship(name: str) -> None:
+    assert (data_dir("weights") / f"{name}.safetensors").stat().st_size <= 15e6
+
+
+def test_left_is_left(head: Model, colin_sided: Segmentation) -> None:
+    """Nearly every voxel of a structure with a side lies on that side of Colin27's midline, which is at 0 mm."""
+    volume = load_volume(data_dir("samples") / "colin27_t1.nii.gz")
+    told = [label for label in head.labels.labels if label.partner is not None]
+    assert len(told) == 28
+    for label in told:
+        voxels = np.argwhere(colin_sided.labels == label.id)
+        if len(voxels) < 50:
+            continue
+        x_mm = (voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3])[:, 0]
+        right = (x_mm > 0).mean()
+        assert (right > 0.9) if label.name.startswith("Right-") else (right < 0.1), label.name
+
+
+def test_both_sides_of_a_healthy_head_are_alike(head: Model, colin_sided: Segmentation) -> None:
+    ml = colin_sided.hard_ml
+    for name in ("Cerebral-Cortex", "Cerebral-White-Matter", "Cerebellum-Cortex", "Thalamus", "Hippocampus", "Putamen"):
+        assert 0.75 < ml[f"Left-{name}"] / ml[f"Right-{name}"] < 1.33, name
+
+
+def test_the_finer_network_agrees_with_the_coarser_one(
+    head: Model, colin: Segmentation, colin_sided: Segmentation
+) -> None:
+    siam16 = load_model("siam16").labels
+    folded = siam16.ids[head.labels.mapping(siam16)][head.labels.to_index(colin_sided.labels)]
+    groups = {name: ({i}, {i}) for i, name in enumerate(siam16.names) if name in ("GM", "WM", "Skull", "Head", "CSF")}
+    assert min(dice_table(folded, colin.labels, groups).values()) > 0.75
 
 
 def test_every_structure_of_a_real_head_has_a_plausible_volume(model: Model, colin: Segmentation) -> None:

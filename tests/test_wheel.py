@@ -54,7 +54,7 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     found = json.loads(done.stdout.splitlines()[-1])
     assert Path(found["where"]) == installed / "synthseg"
     assert found["schemes"] == ["brainweb", "freesurfer", "head", "head45", "siam16"]
-    assert found["models"] == {"siam16": 17}
+    assert found["models"] == {"head": 46, "siam16": 17}
     assert found["templates"] == {"colin27": 17, "phantom": 55}
     assert found["recipe"] == "phantom"
     eight = dict.fromkeys(("brain-id", "ct", "flair", "infant", "siam", "t1", "t2"), 8)
