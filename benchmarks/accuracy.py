@@ -27,7 +27,7 @@ tune_allocator()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from synthseg.config import GeneratorConfig, TrainConfig, parse  # noqa: E402
+from synthseg.config import GeneratorConfig  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
 from synthseg.generator.plan import Plan, sample_plan  # noqa: E402
 from synthseg.generator.synthesis import render  # noqa: E402
@@ -133,9 +133,9 @@ def held_out_maps(
 ) -> dict[str, Any]:
     """Mean Dice over maps, per contrast and structure, of 1 mm renderings with whole heads in view.
 
-    They are rendered with the settings that the model was trained with, or with those given.
+    They are rendered with the default settings, the same for every model, or with those given.
     """
-    config = config or parse(TrainConfig, model.record["config"], "checkpoint").generator
+    config = config or GeneratorConfig()
     base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 1})
     trained = set(model.record.get("templates", []))
     images: dict[str, tuple[str, float | None]] = {contrast: (contrast, None) for contrast in contrasts}

@@ -27,6 +27,9 @@ from scipy import ndimage
 
 from synthseg.paths import data_dir
 
+ROOT = Path(__file__).resolve().parents[1]
+START = "import sys; sys.path.insert(0, {path!r}); from synthseg.cli import main; main()"
+
 
 def padded(scan: Path, target: Path, size: int = 256) -> Path:
     """The scan in the middle of a cube of ``size`` voxels."""
@@ -53,13 +56,12 @@ def resized(scan: Path, target: Path, million_voxels: float) -> Path:
     return target
 
 
-def measured(command: list[str], log: Path | None = None, package: Path | None = None) -> tuple[float, float]:
+def measured(command: list[str], log: Path | None = None) -> tuple[float, float]:
     """Wall seconds and peak resident GB of a child process; what it says on stderr goes to ``log``."""
-    environment = os.environ if package is None else {**os.environ, "PYTHONPATH": str(package)}
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     actions = [] if log is None else [(os.POSIX_SPAWN_OPEN, 2, str(log), flags, 0o600)]
     start = time.perf_counter()
-    child = os.posix_spawn(command[0], command, environment, file_actions=actions)
+    child = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
     _, status, usage = os.wait4(child, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed{'' if log is None else ': ' + log.read_text()}")
@@ -98,11 +100,12 @@ def main() -> None:
         scans += [resized(sample, folder / f"colin27_{size:g}M.nii.gz", size) for size in options.sizes]
         for scan, mode in [(scan, mode) for scan in scans for mode in options.modes]:
             bound = copy_seconds(scan, folder / "copy.nii.gz")
-            command = [sys.executable, "-m", "synthseg", "segment", str(scan), "-o", f"{folder}/seg.nii.gz"]
+            command = [sys.executable, "-c", START.format(path=str(options.package or ROOT)), "segment", str(scan)]
+            command += ["-o", f"{folder}/seg.nii.gz"]
             command += ["--overwrite", "--threads", str(options.threads), "--model", options.model, "--device", "cpu"]
             command += [] if mode == "default" else [f"--{mode}"]
             log = folder / "log.txt"
-            seconds, peak_gb = measured(command, log, options.package)
+            seconds, peak_gb = measured(command, log)
             shape = nib.load(scan).shape
             row = {"scan": scan.name, "mode": mode, "shape": shape, "seconds": round(seconds, 1)}
             row |= {"peak_gb": round(peak_gb, 2), "copy_seconds": round(bound, 2), "ratio": round(seconds / bound, 1)}

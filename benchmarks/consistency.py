@@ -2,7 +2,7 @@
 
     python benchmarks/consistency.py --held-out DIR DIR ... [--model siam16] [--out FILE.json]
 
-Heads that no training saw are rendered whole at 1 mm, with the settings that the model was trained with.
+Heads that no training saw are rendered whole at 1 mm, with the default settings of the generator.
 
 contrast   one head in five contrasts: spread of the volume of each structure over them (standard deviation over mean),
            and mean Dice of each pair of segmentations
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from scipy.linalg import expm  # noqa: E402
 from scipy.ndimage import affine_transform  # noqa: E402
 
-from synthseg.config import AnatomyConfig, GeneratorConfig, TrainConfig, parse  # noqa: E402
+from synthseg.config import AnatomyConfig, GeneratorConfig  # noqa: E402
 from synthseg.generator.draw import Field3D  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
 from synthseg.generator.plan import Plan, sample_plan  # noqa: E402
@@ -164,8 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(options.model)
-    config = parse(TrainConfig, model.record["config"], "checkpoint").generator
-    base = config.model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 8})
+    base = GeneratorConfig().model_copy(update={"voxel_size_mm": 1.0, "shape": (192, 224, 224), "subsamples": 8})
     templates = [load_template(path) for path in expand(options.held_out)]
     seen = {t.name for t in templates} & set(model.record.get("templates", []))
     if seen:
