@@ -105,7 +105,7 @@ def _refused_memory_named() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError, SynthSegError) as error:
-        shortage = as_shortage(error) or (as_shortage(error.__cause__) if error.__cause__ is not None else None)
+        shortage = as_shortage(error)
         if shortage is None:
             raise
         raise shortage from error

@@ -368,8 +368,7 @@ class _Run:
         )
 
     def _failed(self, job: Job, error: Exception) -> Outcome:
-        shortage = as_shortage(error) or (as_shortage(error.__cause__) if error.__cause__ is not None else None)
-        error = shortage or error
+        error = as_shortage(error) or error
         entry = None
         if self.settings.report:
             from synthseg.html_report import failed_entry

@@ -71,7 +71,7 @@ class ReportEntry:
 
 
 def report_entry(name: str, volume: Volume, segmentation: Segmentation, *, n_scans: int = 1) -> ReportEntry:
-    """The entry of a scan that was segmented. Draws its mosaic (about half a second for 256³ voxels).
+    """The entry of a scan that was segmented. Draws its mosaic.
 
     Parameters
     ----------

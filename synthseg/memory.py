@@ -195,6 +195,8 @@ def limit_allocations(threads: int = 1) -> int | None:
 def as_shortage(error: BaseException) -> MemoryShortageError | None:
     """The error to show if memory was refused (by Python, numpy, torch or a library below), else None.
 
+    An error that was raised from such a refusal is one too.
+
     Errors of a GPU's memory are not this: they are DeviceErrors.
     """
     if isinstance(error, MemoryShortageError):
@@ -204,7 +206,7 @@ def as_shortage(error: BaseException) -> MemoryShortageError | None:
         isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _REFUSALS)
     )
     if not refused:
-        return None
+        return None if error.__cause__ is None else as_shortage(error.__cause__)
     there = allowance()
     advice = "run fewer scans at once, or crop the scan to the head"
     if there is None:
