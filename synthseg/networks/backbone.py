@@ -34,7 +34,7 @@ def depth_to_space(features: torch.Tensor, factor: int) -> torch.Tensor:
     return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // f**3, d * f, h * f, w * f)
 
 
-def _body(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+def make_body(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
     from monai.networks.nets import DynUNet, SegResNet, UNet
 
     channels = list(config.channels)
@@ -93,7 +93,7 @@ class SegmentationNetwork(nn.Module):
         self.multiple = config.multiple
         cells = config.subpixel**3
         try:
-            self.body = _body(config, cells, n_classes * cells)
+            self.body = make_body(config, cells, n_classes * cells)
         except ValueError as error:
             raise ConfigError(
                 f"network: {config.architecture} cannot be built with channels {list(config.channels)} and norm "
