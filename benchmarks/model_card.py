@@ -3,7 +3,7 @@
     python benchmarks/model_card.py [--model siam16] [--results benchmarks/results] [--out docs/models/siam16.md]
 
 Reads NAME.json (accuracy.py), NAME_invariance.json (invariance.py), NAME_speed.json (bench_segment.py),
-NAME_consistency.json (consistency.py) and networks.json (bench_networks.py).
+NAME_consistency.json (consistency.py) and designs.json (designs.py).
 Refuses figures that were measured with other weights.
 """
 
@@ -56,23 +56,31 @@ def averaged(model: Model) -> str:
     return f" The weights are the {note} (Wortsman et al., ICML 2022)." if note else ""
 
 
-def networks_minutes(networks: dict[str, Any]) -> str:
-    return next(iter(networks)).rsplit("@ ", 1)[1].removesuffix(" min")
-
-
-def networks_table(networks: dict[str, Any]) -> str:
+def designs_section(designs: dict[str, Any]) -> str:
+    """The table of designs, and its command; says so where it has not been measured."""
+    if not designs:
+        return "Designs have not been compared yet: `python benchmarks/designs.py`."
     rows = [
         [
-            key.rsplit(" @", 1)[0],
-            f"{row['dice']:.3f}",
+            name,
+            f"{row['unseen_maps']:.3f}",
+            f"{row['oasis_aseg']:.3f}" if "oasis_aseg" in row else "",
             f"{row['steps']:,}",
             f"{row['cpu_seconds_per_step']:.2f}",
             f"{row['parameters'] / 1e6:.1f} M",
         ]
-        for key, row in networks.items()
+        for name, row in designs.items()
     ]
-    minutes = networks_minutes(networks)
-    return table(["network", f"Dice after {minutes} CPU minutes", "steps", "CPU seconds a step", "parameters"], rows)
+    minutes = f"{next(iter(designs.values()))['cpu_minutes']:g}"
+    columns = ["design", "Dice, unseen maps", "Dice, OASIS", "steps", "CPU seconds a step", "parameters"]
+    return f"""What each design of network and training learns from random weights in {minutes} CPU minutes on one thread, from six
+templates; Dice of the four maps below rendered at 1 mm as T1, T2 and in a random contrast, and of 11 structures of the
+OASIS scan. So short a training shows what learns fast, not what is best in the end.
+
+{table(columns, rows)}
+
+    python benchmarks/designs.py --templates MAPS --held-out MAPS --data DATA --cpu-minutes {minutes} \\
+        --out benchmarks/results/designs.json"""
 
 
 def structures_table(columns: dict[str, dict[str, float]]) -> str:
@@ -80,7 +88,7 @@ def structures_table(columns: dict[str, dict[str, float]]) -> str:
     return table(["structure", *columns], [[name, *[f"{row[name]:.3f}" for row in columns.values()]] for name in names])
 
 
-def network_section(model: Model, networks: dict[str, Any]) -> str:
+def network_section(model: Model, designs: dict[str, Any]) -> str:
     record = model.record
     network = record["config"]["network"]
     return f"""## Network and training
@@ -97,13 +105,7 @@ def network_section(model: Model, networks: dict[str, Any]) -> str:
 
 All on two CPU cores, which most of the runs shared with other work.{averaged(model)}
 
-The architecture was chosen by what it learns in the same CPU time from the same images (2 mm, one thread, five
-contrasts, the four maps below):
-
-{networks_table(networks)}
-
-    python benchmarks/bench_networks.py --templates MAPS --held-out MAPS --cpu-minutes {networks_minutes(networks)} \\
-        --out benchmarks/results/networks.json
+{designs_section(designs)}
 """
 
 
@@ -251,8 +253,8 @@ The whole command in a fresh process, {speed["threads"]} threads of a two-core C
 """
 
 
-def card(model: Model, found: dict[str, dict[str, Any]], networks: dict[str, Any]) -> str:
-    sections = [network_section(model, networks), accuracy_section(model, found[""])]
+def card(model: Model, found: dict[str, dict[str, Any]], designs: dict[str, Any]) -> str:
+    sections = [network_section(model, designs), accuracy_section(model, found[""])]
     more = {"_consistency": consistency_section, "_invariance": geometry_section, "_speed": speed_section}
     sections += [section(model, found[suffix]) for suffix, section in more.items() if suffix in found]
     if model.name in PICTURES:
@@ -328,10 +330,10 @@ def main() -> None:
         found[suffix] = json.loads(file.read_text())
         if found[suffix].get("sha256") != model.sha256:
             sys.exit(f"{file}: was measured with other weights than {model.name}; measure it again")
-    networks = json.loads((options.results / "networks.json").read_text())
+    designs = options.results / "designs.json"
     out = options.out or Path("docs/models") / f"{model.name}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(card(model, found, networks))
+    out.write_text(card(model, found, json.loads(designs.read_text()) if designs.is_file() else {}))
     print(out)
 
 

@@ -67,8 +67,8 @@ class FeatureNetwork(nn.Module):
         if image.device.type == "cpu":
             blocks = blocks.contiguous(memory_format=torch.channels_last_3d)
         found: list[torch.Tensor] = []
-        decoder = [self.body.bottleneck, *self.body.upsamples]
-        hooks = [part.register_forward_hook(lambda _m, _i, output: found.append(output)) for part in decoder]  # type: ignore[union-attr]
+        decoder: list[nn.Module] = [self.body.bottleneck, *self.body.upsamples]  # type: ignore[list-item, misc]
+        hooks = [part.register_forward_hook(lambda _m, _i, output: found.append(output)) for part in decoder]
         try:
             self.body(blocks)
         finally:
