@@ -67,7 +67,7 @@ class Settings:
     report : whether each outcome carries an entry for the HTML report.
     overwrite : do again what is done already.
     color_folder : where colour tables go, if they are wanted; None: beside each label map.
-    facts : how the segmentations are made, for sidecars.
+    facts : how the segmentations are made, for sidecars and for the header of each label map.
     """
 
     wanted: Wanted = field(default_factory=Wanted)
@@ -215,7 +215,7 @@ class _Run:
                     ready.busy = True
                     return ready
             if not self.settings.overwrite:
-                there = existing(job, self.settings.wanted, self.table)
+                there = existing(job, self.settings.wanted, self.table, self.settings.facts)
                 table = self.settings.table
                 if there.whole and (table is None or job.name in table):
                     ready.outcome = self._skipped(job)
@@ -327,7 +327,14 @@ class _Run:
                 )
                 check_same(scratch, labels)
             if todo.targets.paths() != [scratch]:
-                write_outputs(todo.targets, volume, segmentation, spacing_mm=wanted.spacing_mm, scheme=wanted.scheme)
+                write_outputs(
+                    todo.targets,
+                    volume,
+                    segmentation,
+                    spacing_mm=wanted.spacing_mm,
+                    scheme=wanted.scheme,
+                    facts=self.settings.facts,
+                )
         finally:
             with suppress(OSError):
                 scratch.unlink()

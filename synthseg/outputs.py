@@ -7,11 +7,14 @@ view. What is asked for is checked before the first file is written; each file a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -30,6 +33,7 @@ CT_AIR_HU = -1000.0
 # Probabilities are stored as whole numbers of 2 bytes: wrong by at most 8e-6, where 1 byte is wrong by 2e-3 (which
 # changes the likeliest label of six voxels in ten thousand) and float32 takes three times the space.
 PROBABILITY_TYPE = np.uint16
+FACTS = "synthseg segmentation"  # what the header of a label map calls them
 MAX_OUTPUT_VOXELS = 2**30  # an image of 1024 voxels a side
 
 
@@ -67,6 +71,7 @@ def write_outputs(
     *,
     spacing_mm: Spacing | None = None,
     scheme: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all files of one scan.
 
@@ -79,6 +84,7 @@ def write_outputs(
     segmentation : with its posteriors, if `Targets.need_posteriors`.
     spacing_mm : voxel size of all images, one number or one for each axis; None: the scan's own grid.
     scheme : label scheme of the outputs; None: that of the segmentation.
+    facts : how the segmentation was made; the header of the label map keeps them (`facts_of`).
     """
     check_targets(targets, segmentation.table, spacing_mm=spacing_mm, scheme=scheme)
     if targets.need_posteriors(spacing_mm, scheme) and segmentation.posteriors is None:
@@ -88,7 +94,7 @@ def write_outputs(
         segmentation = relabelled(segmentation, scheme)
     grid = scan_grid(volume) if spacing_mm is None else spacing_grid(volume, spacing_mm)
     _check_size(grid)
-    files = _Files(volume, segmentation, grid, on_scan=spacing_mm is None)
+    files = _Files(volume, segmentation, grid, on_scan=spacing_mm is None, facts=facts or {})
     writers: list[tuple[Path | None, Callable[[Path], None]]] = [
         (targets.labels, files.write_labels),
         (targets.posteriors, files.write_posteriors),
@@ -107,6 +113,16 @@ def write_outputs(
             warnings.append(f"there is no {structure} in the scan; {path.name} was not written")
         else:
             write_surface(path, mesh, structure)
+
+
+def facts_of(labels: Path) -> dict[str, Any]:
+    """How a label map was made, from its header; empty if it does not say."""
+    for extension in getattr(nib.load(labels).header, "extensions", ()):
+        with suppress(ValueError, TypeError, AttributeError):
+            content = extension.get_content()
+            facts = json.loads(content if isinstance(content, str) else bytes(content).rstrip(b"\0"))[FACTS]
+            return dict(facts)
+    return {}
 
 
 def _check_size(grid: Grid) -> None:
@@ -184,6 +200,7 @@ class _Files:
     segmentation: Segmentation
     grid: Grid
     on_scan: bool
+    facts: Mapping[str, Any]
 
     @property
     def affine(self) -> np.ndarray | None:
@@ -208,7 +225,8 @@ class _Files:
         return self.volume.data if self.on_scan else resampled_scan(self.volume, self.grid)
 
     def write_labels(self, path: Path) -> None:
-        save_label_map(path, self.labels, self.volume, self.segmentation.table.ids, self.affine)
+        comment = json.dumps({FACTS: dict(self.facts)}) if self.facts else ""
+        save_label_map(path, self.labels, self.volume, self.segmentation.table.ids, self.affine, comment)
 
     def write_posteriors(self, path: Path) -> None:
         write_posteriors(path, self.posteriors, self.grid, self.volume, self.affine)

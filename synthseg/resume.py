@@ -7,9 +7,10 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,11 +18,20 @@ import numpy as np
 from synthseg.errors import OutputError, SynthSegError
 from synthseg.jobs import Job, Wanted
 from synthseg.labels import BRAIN_TISSUES, LabelTable
+from synthseg.outputs import facts_of
 from synthseg.surfaces import BONE_TISSUES
 from synthseg.volume import image_suffix, load_volume
 
 CHUNK = 1 << 20
 REPORT_MARK = b"<title>Segmentation report"
+# What makes another result of the same scan, and what messages call it.
+MAKING = {
+    "sha256": "weights",
+    "mode": "mode",
+    "voxel_size_mm": "--voxel-size",
+    "crop_mm": "--crop",
+    "scheme": "scheme",
+}
 MAX_DIFFERENT = 0.005  # of the labelled voxels: what another processor's rounding may change
 
 
@@ -38,8 +48,10 @@ class Existing:
         return not self.missing
 
 
-def existing(job: Job, wanted: Wanted, table: LabelTable) -> Existing:
+def existing(job: Job, wanted: Wanted, table: LabelTable, facts: Mapping[str, Any] | None = None) -> Existing:
     """Look at the files of a job. Raises OutputError on one that is damaged or does not belong to the scan.
+
+    Also if the header of the label map says that it was made otherwise than ``facts`` say of this run.
 
     ``table`` says what the ids of the label map are: a surface is not missing if its structure is not in the map.
 
@@ -54,6 +66,8 @@ def existing(job: Job, wanted: Wanted, table: LabelTable) -> Existing:
         problem = problem or damage(path)
         if not problem and path == job.targets.labels:
             problem = _misfit(path, job.source, wanted)
+            if not problem:
+                check_made_alike(path, facts or {})
         if problem:
             raise OutputError(
                 f"{path}: exists already, and is not a whole result of {job.source} ({problem}); "
@@ -65,6 +79,29 @@ def existing(job: Job, wanted: Wanted, table: LabelTable) -> Existing:
         none = [path for name, path in job.targets.meshes if not present & structure_ids(name, table)]
         missing = [path for path in missing if path not in none]
     return Existing(tuple(there), tuple(missing))
+
+
+def check_made_alike(labels: Path, facts: Mapping[str, Any]) -> None:
+    """Raise OutputError if a label map says that it was made with another model or with other options."""
+    then = facts_of(labels)
+    other = [
+        f"{name} {_plain(then[key], key)}, now {_plain(facts[key], key)}"
+        for key, name in MAKING.items()
+        if key in then and key in facts and then[key] != _as_json(facts[key])
+    ]
+    if other:
+        raise OutputError(
+            f"{labels}: exists already, and was made otherwise ({'; '.join(other)}); "
+            "use --overwrite to replace it, or another folder for each way to segment"
+        )
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _plain(value: Any, key: str) -> str:
+    return str(value)[:8] if key == "sha256" else "none" if value is None else str(value)[:40]
 
 
 def structure_ids(name: str, table: LabelTable) -> set[int]:

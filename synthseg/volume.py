@@ -203,14 +203,16 @@ def save_label_map(
     like: Volume,
     ids: Sequence[int] | np.ndarray,
     affine: np.ndarray | None = None,
+    comment: str = "",
 ) -> None:
     """Write a label map (D, H, W) on the grid of ``like``, with the qform, sform and units of its header.
 
     The type is uint8 where the largest of ``ids`` allows, else int16. The file is written whole or not at
-    all. ``affine`` says where the labels lie if that is not the grid of ``like``.
+    all. ``affine`` says where the labels lie if that is not the grid of ``like``. ``comment`` becomes a header
+    extension of a NIfTI file; MGH has no place for it.
     """
     dtype = np.uint8 if max(int(i) for i in ids) <= 255 else np.int16
-    _save_like(path, labels, np.dtype(dtype), like, affine)
+    _save_like(path, labels, np.dtype(dtype), like, affine, comment)
 
 
 def save_scan(path: str | Path, data: np.ndarray, like: Volume, affine: np.ndarray | None = None) -> None:
@@ -268,10 +270,15 @@ def save_class_images(
     header["xyzt_units"] = int(header["xyzt_units"]) & 7  # the last axis is no time
     header.set_slope_inter(slope, 0)
     if comment:
-        header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
+        header.extensions.append(_comment(comment))
     header.set_data_offset(-(-(header.single_vox_offset + header.extensions.get_sizeondisk()) // 16) * 16)
     with atomic_path(path) as temporary:
         write_classes(temporary, header, dtype, slabs)
+
+
+def _comment(text: str) -> Any:
+    """A header extension that every NIfTI reader may skip."""
+    return nib.nifti1.Nifti1Extension("comment", text.encode())
 
 
 def _is_freesurfer_name(path: str | Path) -> bool:
@@ -296,10 +303,14 @@ def _lossless_dtype(data: np.ndarray, like: Volume, freesurfer: bool) -> np.dtyp
     return dtype
 
 
-def _save_like(path: str | Path, data: np.ndarray, dtype: np.dtype, like: Volume, affine: np.ndarray | None) -> None:
+def _save_like(
+    path: str | Path, data: np.ndarray, dtype: np.dtype, like: Volume, affine: np.ndarray | None, comment: str = ""
+) -> None:
     if affine is None and data.shape != like.data.shape:
         raise ValueError(f"the data are {data.shape}, the volume is {like.data.shape}")
     image = _image_like(fortran_order(data, dtype), like, _is_freesurfer_name(path), affine)
+    if comment and isinstance(image, nib.Nifti1Image):
+        image.header.extensions.append(_comment(comment))
     with atomic_path(path) as temporary:
         write_image(image, temporary)
 

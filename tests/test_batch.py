@@ -19,7 +19,7 @@ from synthseg.errors import OutputError
 from synthseg.inference import Options
 from synthseg.inputs import find_scans
 from synthseg.jobs import Job, Wanted, check_jobs, file_word, parse_sizes, plan_jobs
-from synthseg.outputs import write_outputs
+from synthseg.outputs import facts_of, write_outputs
 from synthseg.resume import check_same, damage
 from synthseg.volume import Volume, load_volume
 from synthseg.volume_table import VolumeTable
@@ -195,6 +195,40 @@ def test_a_missing_output_alone_is_made(tmp_path: Path) -> None:
     assert [path for path in before if path.stat().st_mtime_ns != times[path]] == [mask, posteriors]
     assert statuses(run_jobs(jobs, Fake(), options=options)) == ["skipped", "skipped"]
     assert len(files(tmp_path / "out")) == 8
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"sha256": "b" * 64}, "weights aaaaaaaa, now bbbbbbbb"),
+        ({"mode": "fast"}, "mode default, now fast"),
+        ({"crop_mm": (160.0, 160.0, 160.0)}, "--crop none, now (160.0, 160.0, 160.0)"),
+    ],
+)
+def test_a_label_map_that_was_made_otherwise_is_neither_skipped_nor_replaced(
+    tmp_path: Path, other: dict[str, object], told: str
+) -> None:
+    facts = {"sha256": "a" * 64, "mode": "default", "crop_mm": None, "scheme": "two"}
+    jobs = make_jobs(tmp_path, 1)
+    assert statuses(run_jobs(jobs, Fake(), settings=Settings(facts=facts))) == ["done"]
+    labels = jobs[0].targets.labels
+    assert facts_of(labels) == facts
+    before = labels.read_bytes()
+    assert statuses(run_jobs(jobs, Fake(), settings=Settings(facts=facts))) == ["skipped"]
+    outcome = run_jobs(jobs, Fake(), settings=Settings(facts=facts | other))[0]
+    assert outcome.status == "failed"
+    assert told in str(outcome.error)
+    assert labels.read_bytes() == before
+    again = Settings(facts=facts | other, overwrite=True)
+    assert statuses(run_jobs(jobs, Fake(), settings=again)) == ["done"]
+    assert statuses(run_jobs(jobs, Fake(), settings=replace(again, overwrite=False))) == ["skipped"]  # tuples, lists
+
+
+def test_a_label_map_that_does_not_say_how_it_was_made_is_taken_as_it_is(tmp_path: Path) -> None:
+    jobs = make_jobs(tmp_path, 1)
+    assert statuses(run_jobs(jobs, Fake())) == ["done"]
+    assert facts_of(jobs[0].targets.labels) == {}
+    assert statuses(run_jobs(jobs, Fake(), settings=Settings(facts={"mode": "fast"}))) == ["skipped"]
 
 
 def test_a_surface_of_what_is_not_there_is_not_missing(tmp_path: Path) -> None:
