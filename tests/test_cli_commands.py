@@ -59,6 +59,14 @@ def test_generate_writes_images_labels_and_plans_that_replay(tmp_path: Path) -> 
     assert run(["generate", "-o", str(tmp_path / "b"), "--replay", str(tmp_path / "a" / "0001_plan.json")]) == 0
     again = nib.load(tmp_path / "b" / "0000_image.nii.gz")
     np.testing.assert_array_equal(again.get_fdata(), image.get_fdata())
+    plans = [(tmp_path / "a" / f"000{i}_plan.json").read_text() for i in (0, 1)]
+    (tmp_path / "offending_plan.json").write_text(f"[{plans[1]}, {plans[0]}]")
+    assert run(["generate", "-o", str(tmp_path / "c"), "--replay", str(tmp_path / "offending_plan.json")]) == 0
+    for number, was in enumerate((1, 0)):
+        again = nib.load(tmp_path / "c" / f"000{number}_image.nii.gz")
+        np.testing.assert_array_equal(
+            again.get_fdata(), nib.load(tmp_path / "a" / f"000{was}_image.nii.gz").get_fdata()
+        )
 
 
 def test_generate_draws_anomalies_that_replay(tmp_path: Path) -> None:
@@ -107,6 +115,9 @@ def test_generate_refuses_to_replace_and_unknown_keys(tmp_path: Path, capsys: py
     (tmp_path / "text.json").write_text("not a plan")
     assert run(["generate", "-o", str(tmp_path / "b"), "--replay", str(tmp_path / "text.json")]) == 2
     assert "text.json" in one_error(capsys)
+    (tmp_path / "none.json").write_text("[]")
+    assert run(["generate", "-o", str(tmp_path / "b"), "--replay", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in one_error(capsys)
     assert not (tmp_path / "b").exists()
 
 

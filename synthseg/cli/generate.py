@@ -25,7 +25,7 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples (default: 1).")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample i depends on the seed and i alone (default: 0).")] = None,
     scheme: Annotated[str | None, typer.Option(help="Label ids to write (default: the template's own).")] = None,
-    replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render this *_plan.json again.")] = None,
+    replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render the Plans of a *_plan.json again.")] = None,
     preview: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw all images and label maps on one picture.")
     ] = None,
@@ -57,10 +57,11 @@ def generate(
     from synthseg.templates import expand, load_template
 
     torch_device = resolve_device(device)
-    plan = export.load_plan(replay) if replay else None
-    count = 1 if n is None else n
-    export.check_free(output, range(count), overwrite, 1 if plan else len(wanted.views.severities))
-    templates = [load_template(path) for path in expand(template or [plan.template if plan else "phantom"])]
+    plans = export.load_plans(replay) if replay else []
+    count = len(plans) if replay else 1 if n is None else n
+    export.check_free(output, range(count), overwrite, 1 if replay else len(wanted.views.severities))
+    named = list(dict.fromkeys(plan.template for plan in plans)) or ["phantom"]
+    templates = [load_template(path) for path in expand(template or named)]
     if table is not None:
         for found in templates:
             found.table.mapping(table)
@@ -73,9 +74,11 @@ def generate(
             details = f"{written.plan.template}, {written.plan.contrast.name}, severity {written.plan.severity:g}"
             sheet.add(written.image, written.labels, written.table, f"{name}: {details}")
 
-    if plan is not None and replay is not None:
-        fitting = export.fitting_template(plan, templates[0], replay)
-        export.write_sample(output, 0, fitting, [plan], table or fitting.table, torch_device, on_done)
+    if replay is not None:
+        named_alike = {found.name: found for found in templates}
+        pairs = [(p, export.fitting_template(p, named_alike.get(p.template, templates[0]), replay)) for p in plans]
+        for number, (plan, fitting) in enumerate(pairs):
+            export.write_sample(output, number, fitting, [plan], table or fitting.table, torch_device, on_done)
     else:
         export.generate(wanted, templates, count, seed or 0, output, table, torch_device, on_done)
     if preview is not None:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from synthseg import rng
 from synthseg.config import GeneratorConfig
@@ -118,15 +119,21 @@ def generate(
         write_sample(folder, number, template, plans, scheme or template.table, device, on_done)
 
 
-def load_plan(file: Path) -> Plan:
-    """Read a Plan. Raises ConfigError if it is not one."""
+def load_plans(file: Path) -> list[Plan]:
+    """Read a Plan, or a list of them. Raises ConfigError if it is neither."""
     try:
-        return Plan.model_validate_json(file.read_text())
+        return TypeAdapter(Annotated[list[Plan], BeforeValidator(_listed), Field(min_length=1)]).validate_python(
+            json.loads(file.read_text())
+        )
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a *_plan.json of 'generate'") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValidationError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{file}: is not a Plan ({first}); give a *_plan.json of 'generate'") from None
+
+
+def _listed(record: object) -> object:
+    return record if isinstance(record, list) else [record]
 
 
 def fitting_template(plan: Plan, template: Template, file: Path) -> Template:
