@@ -25,7 +25,7 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples (default: 1).")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample i depends on the seed and i alone (default: 0).")] = None,
     scheme: Annotated[str | None, typer.Option(help="Label ids to write (default: the template's own).")] = None,
-    replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render the Plans of a *_plan.json again.")] = None,
+    replay: Annotated[Path | None, typer.Option(metavar="PLAN", help="Render the Plans of a file again.")] = None,
     preview: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw all images and label maps on one picture.")
     ] = None,
