@@ -73,9 +73,9 @@ def designs_section(designs: dict[str, Any]) -> str:
     ]
     minutes = f"{next(iter(designs.values()))['cpu_minutes']:g}"
     columns = ["design", "Dice, unseen maps", "Dice, OASIS", "steps", "CPU seconds a step", "parameters"]
-    return f"""What each design of network and training learns from random weights in {minutes} CPU minutes on one thread, from six
-templates; Dice of the four maps below rendered at 1 mm as T1, T2 and in a random contrast, and of 11 structures of the
-OASIS scan. So short a training shows what learns fast, not what is best in the end.
+    return f"""What each design of network and training learns from random weights in {minutes} CPU minutes on one
+thread, from six templates; Dice of the four maps below rendered at 1 mm as T1, T2 and in a random contrast, and of 11
+structures of the OASIS scan. So short a training shows what learns fast, not what is best in the end.
 
 {table(columns, rows)}
 

@@ -18,15 +18,23 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from synthseg.config import TrainConfig
+from synthseg.config import PretrainConfig, RunConfig, TrainConfig
+from synthseg.config.finetuning import FinetuneConfig
 
 FILE = Path(__file__).parent / "reference_config.md"
 HEADER = """# Keys of a recipe
 
 Made by `docs/make_reference.py` from `synthseg/config/`; do not edit by hand. A recipe is a YAML file with any of
-these keys; what it leaves out has its default, and an unknown key is an error. `synthseg train` reads all of them,
-`synthseg generate --config FILE` those of `generator`. On the command line, `--set generator.voxel_size_mm=1` sets one
-key. What the keys do together is told in [training](training.md) and [generator](generator.md).
+these keys; what it leaves out has its default, and an unknown key is an error. `synthseg train` reads all of the first
+part, `synthseg generate --config FILE` those of `generator`; `synthseg pretrain` and `synthseg finetune` have keys of
+their own, [below](#keys-of-pretraining-and-fine-tuning). On the command line, `--set generator.voxel_size_mm=1` sets
+one key. What the keys do together is told in [training](training.md), [generator](generator.md),
+[pretraining](pretraining.md) and [downstream tasks](downstream.md).
+"""
+OTHERS = """
+# Keys of pretraining and fine-tuning
+
+Besides the keys that are listed here, their recipes take these of a training recipe, above, with the same meaning:
 """
 SIGNS = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
 
@@ -80,15 +88,16 @@ def value_text(value: Any) -> str:
     return f"`{value}`"
 
 
-def section(model: type[BaseModel], path: str) -> list[str]:
+def section(model: type[BaseModel], path: str, title: str = "", leave_out: frozenset[str] = frozenset()) -> list[str]:
     """One table for the keys of a model, then one for each section inside it."""
-    title = f"`{path}`" if path else "The recipe itself"
-    lines = ["", f"## {title}", ""]
+    lines = ["", f"## {title or f'`{path}`'}", ""]
     if model.__doc__:
         lines += [" ".join(model.__doc__.split()), ""]
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     inner: list[str] = []
     for name, field in model.model_fields.items():
+        if name in leave_out:
+            continue
         kind = field.annotation
         below = f"{path}.{name}".lstrip(".")
         item = next(iter(typing.get_args(kind)), None)
@@ -105,8 +114,27 @@ def section(model: type[BaseModel], path: str) -> list[str]:
     return lines + inner
 
 
+def unchanged(model: type[RunConfig]) -> frozenset[str]:
+    """Keys that a kind of recipe shares with all others, with the same default and meaning."""
+    return frozenset(
+        name
+        for name, field in RunConfig.model_fields.items()
+        if model.model_fields[name].description == field.description
+        and (model.model_fields[name].default == field.default or field.description is None)
+    )
+
+
 def reference() -> str:
-    return HEADER + "\n".join(section(TrainConfig, "")) + "\n"
+    lines = section(TrainConfig, "", "The recipe itself")
+    others: dict[str, type[RunConfig]] = {
+        "A recipe for pretraining": PretrainConfig,
+        "A recipe for fine-tuning": FinetuneConfig,
+    }
+    shared = frozenset.intersection(*(unchanged(model) for model in others.values()))
+    lines += [OTHERS + ", ".join(f"`{name}`" for name in RunConfig.model_fields if name in shared) + "."]
+    for title, model in others.items():
+        lines += section(model, "", title, shared)
+    return HEADER + "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,8 @@ from synthseg.errors import InputError
 from synthseg.volume import IMAGE_SUFFIXES, image_stem, image_suffix
 
 SEGMENTATION = "_seg"
-DERIVED = ("_posteriors", "_resampled", "_mask", "_stripped")  # what a run writes beside a scan and its segmentation
+# What a run writes beside a scan and its segmentation.
+DERIVED = ("_posteriors", "_resampled", "_mask", "_stripped", "_features", "_t1synth", "_unbiased")
 
 
 @dataclass(frozen=True)

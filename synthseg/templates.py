@@ -43,6 +43,7 @@ class Template:
     spacing_mm : voxel size.
     center : voxel coordinates (with the border) of the middle of the brain's bounding box.
     cache : what the generator derives from the labels, such as distances, kept so that it is computed once.
+    folder : where it was loaded from.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Template:
     center: tuple[float, float, float]
     derived: dict[str, str]
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    folder: Path | None = field(default=None, compare=False)
 
 
 def read_label_map(path: Path) -> Volume:
@@ -329,4 +331,5 @@ def load_template(folder: str | Path) -> Template:
     box = ndimage.find_objects((brain if brain.any() else index > 0).astype(np.uint8))[0]
     center = tuple((side.start + side.stop - 1) / 2 for side in box)
     labels = torch.from_numpy(np.ascontiguousarray(index))
-    return Template(path.name, labels, table, volume.spacing_mm, center, record.get("derived", {}))  # type: ignore[arg-type]
+    derived = record.get("derived", {})
+    return Template(path.name, labels, table, volume.spacing_mm, center, derived, folder=path)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from synthseg.cli import app
-from synthseg.config import TrainConfig, generator_config, load_yaml, parse, set_by_path
+from synthseg.config import PretrainConfig, RunConfig, TrainConfig, generator_config, load_yaml, parse, set_by_path
+from synthseg.config.finetuning import FinetuneConfig
 from synthseg.labels import LabelTable, load_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,15 +125,17 @@ def test_quoted_commands_parse(page: str, line: str, complete: bool) -> None:
 def test_quoted_settings_are_keys_of_a_recipe(page: str, line: str) -> None:
     command, rest = find_command(words(line))
     values = command.make_context(command.name, rest).params
+    models: dict[str | None, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    model = models.get(command.name, TrainConfig)
     if command.name == "generate":
         generator_config(values["config"], values["settings"])
     elif (ROOT / "pipelines" / f"{values['recipe']}.yaml").is_file():
-        load_yaml(TrainConfig, values["recipe"], values["settings"])
+        load_yaml(model, values["recipe"], values["settings"])
     else:
         record: dict[str, object] = {}
         for setting in values["settings"]:
             set_by_path(record, setting)
-        parse(TrainConfig, record, line)
+        parse(model, record, line)
 
 
 def test_the_guide_lists_every_option_of_segment() -> None:

@@ -2,9 +2,38 @@
 
 # In the order of --help.
 # isort: off
-from synthseg.cli import segment, init, train, generate, templates, priors, info
+from synthseg.cli import (
+    segment,
+    init,
+    train,
+    pretrain,
+    finetune,
+    generate,
+    features,
+    synthesize_t1,
+    correct_bias,
+    templates,
+    priors,
+    info,
+)
 
 # isort: on
 from synthseg.cli.base import app, main, run
 
-__all__ = ["app", "generate", "info", "init", "main", "priors", "run", "segment", "templates", "train"]
+__all__ = [
+    "app",
+    "correct_bias",
+    "features",
+    "finetune",
+    "generate",
+    "info",
+    "init",
+    "main",
+    "pretrain",
+    "priors",
+    "run",
+    "segment",
+    "synthesize_t1",
+    "templates",
+    "train",
+]

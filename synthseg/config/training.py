@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -71,8 +71,8 @@ class ScanConfig(Section):
     name: str = Field("", description="the name in log and report; empty: that of the file")
 
 
-class TrainConfig(Section):
-    """A training recipe."""
+class RunConfig(Section):
+    """What the recipes of training, pretraining and fine-tuning share."""
 
     name: str = Field("model", description="name of the run; its folder is runs/<name>")
     scheme: str = Field("siam16", description="classes of the network")
@@ -84,29 +84,37 @@ class TrainConfig(Section):
     steps: int = Field(10_000, gt=0, description="optimiser steps")
     batch_size: int = Field(1, gt=0, description="images a step, shared by all devices")
     validate_every: int = Field(1000, gt=0, description="steps between validations")
-    validation_contrasts: tuple[str, ...] = Field(
-        ("t1", "t2", "flair", "ct", "random"), description="each held-out template is rendered once in each"
-    )
-    validation_scans: tuple[ScanConfig, ...] = Field((), description="real scans with labels to validate on as well")
     checkpoint_every_s: float = Field(180.0, gt=0, description="seconds between saved states")
     report: bool = Field(True, description="write report.html and its pictures at each validation")
     deterministic: bool = Field(False, description="only algorithms whose results do not vary; slower on CUDA")
     workers: int = Field(0, ge=0, description="generator processes; 0 renders in the training process")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bfloat16 autocast")
-    dice_weight: float = Field(1.0, ge=0, description="weight of 1 - soft Dice")
-    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
-    scored_cells: int = Field(
-        0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
-    )
     init: str | None = Field(None, description="weights to start from; layers that do not fit start anew")
-    grow: bool = Field(False, description="the network has one finer level outside that of the weights in init")
     generator: GeneratorConfig = GeneratorConfig()
     network: NetworkConfig = NetworkConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     divergence: DivergenceConfig = DivergenceConfig()
 
 
-def resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
+class TrainConfig(RunConfig):
+    """A training recipe."""
+
+    validation_contrasts: tuple[str, ...] = Field(
+        ("t1", "t2", "flair", "ct", "random"), description="each held-out template is rendered once in each"
+    )
+    validation_scans: tuple[ScanConfig, ...] = Field((), description="real scans with labels to validate on as well")
+    dice_weight: float = Field(1.0, ge=0, description="weight of 1 - soft Dice")
+    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    scored_cells: int = Field(
+        0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
+    )
+    grow: bool = Field(False, description="the network has one finer level outside that of the weights in init")
+
+
+R = TypeVar("R", bound=RunConfig)
+
+
+def resolve_paths(config: R, folder: Path) -> R:
     """Template folders and scans that exist beside the recipe are taken from there; other names stay as they are."""
 
     def resolve(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,15 +123,13 @@ def resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
     def file(name: str) -> str:
         return str(folder / name) if (folder / name).is_file() else name
 
-    scans = tuple(
-        scan.model_copy(update={key: file(getattr(scan, key)) for key in ("image", "labels", "scheme")})
-        for scan in config.validation_scans
-    )
-
-    return config.model_copy(
-        update={
-            "templates": resolve(config.templates),
-            "validation_templates": resolve(config.validation_templates),
-            "validation_scans": scans,
-        }
-    )
+    update: dict[str, Any] = {
+        "templates": resolve(config.templates),
+        "validation_templates": resolve(config.validation_templates),
+    }
+    if isinstance(config, TrainConfig):
+        update["validation_scans"] = tuple(
+            scan.model_copy(update={key: file(getattr(scan, key)) for key in ("image", "labels", "scheme")})
+            for scan in config.validation_scans
+        )
+    return config.model_copy(update=update)

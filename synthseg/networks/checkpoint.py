@@ -21,20 +21,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from synthseg.config import TrainConfig, parse
+from synthseg.config import NetworkConfig, TrainConfig, parse
 from synthseg.errors import CheckpointError, ConfigError, LabelError, OutputError
 from synthseg.labels import LabelTable
 from synthseg.networks.backbone import SegmentationNetwork, load_weights, weights_of
 from synthseg.paths import data_dir
 
 FORMAT = "synthseg-model-1"
+FEATURE_FORMAT = "synthseg-features-1"  # of feature_file.py
 MAX_RECORD_BYTES = 32 * 2**20
 MAX_CLASSES = 255  # class indices are kept as uint8
 MAX_LEVELS = 10
 MAX_WINDOW_VOXELS = 320**3
 VOXEL_SIZES_MM = (0.1, 16.0)
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
+DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], record: dict[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and record of a file. Raises CheckpointError if it is not one of ours."""
-    with _opened(path) as (file, record):
+    with opened(path) as (file, record):
         return {key: file.get_tensor(key) for key in file.keys()}, record  # noqa: SIM118
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """An open safetensors file and its record. Whatever is wrong with it inside becomes a CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
@@ -97,11 +98,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise ValueError(f"its record is a {type(record).__name__}")
             yield file, record
-    except _DAMAGE as error:
-        raise CheckpointError(f"{path}: not a synthseg weights file, or damaged ({_plain(error)})") from None
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: not a synthseg weights file, or damaged ({plain_text(error)})") from None
 
 
-def _plain(error: BaseException, most: int = 300) -> str:
+def plain_text(error: BaseException, most: int = 300) -> str:
     """The text of an error on one line: what it quotes of a file may be long, or hold codes that steer a terminal."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
@@ -147,7 +148,7 @@ def model_path(name_or_path: str | Path) -> Path:
 def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
     """Load a network for inference. Raises CheckpointError if the file is missing, damaged or of another format."""
     path = model_path(name_or_path)
-    with _opened(path) as (file, record):
+    with opened(path) as (file, record):
         config, labels = _description(path, record)
         network = _network(path, config, labels, file)
     return Model(
@@ -157,7 +158,7 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
         window=config.generator.shape,
         multiple=network.multiple,
         name=path.stem,
-        sha256=_sha256(path),
+        sha256=sha256_of(path),
         path=path,
         record=record,
     )
@@ -165,27 +166,35 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
 
 def _description(path: Path, record: dict[str, Any]) -> tuple[TrainConfig, LabelTable]:
     """Config and label table of a record, within the limits of what can be run."""
+    if record.get("format") == FEATURE_FORMAT:
+        raise CheckpointError(
+            f"{path}: holds features, not a segmentation; train one on them: synthseg train RECIPE --from {path}"
+        )
     if record.get("format") != FORMAT:
-        got = _plain(ValueError(repr(record.get("format"))), 60)
+        got = plain_text(ValueError(repr(record.get("format"))), 60)
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {got}; update synthseg or the file")
     try:
         config = parse(TrainConfig, record["config"], "its config")
         labels = LabelTable.from_dict(record["labels"])
         _check_limits(config, labels)
-    except (ConfigError, LabelError, AttributeError, *_DAMAGE) as error:
+    except (ConfigError, LabelError, AttributeError, *DAMAGE) as error:
         raise CheckpointError(
-            f"{path}: its record is damaged or of another version ({_plain(error)}); update synthseg or the file"
+            f"{path}: its record is damaged or of another version ({plain_text(error)}); update synthseg or the file"
         ) from None
     return config, labels
 
 
 def _check_limits(config: TrainConfig, labels: LabelTable) -> None:
     """Raise ValueError where the record asks for more than any scan could be segmented with."""
-    window, voxel_size_mm = config.generator.shape, config.generator.voxel_size_mm
     if not 2 <= len(labels) <= MAX_CLASSES:
         raise ValueError(f"it has {len(labels)} labels, expected 2 to {MAX_CLASSES}")
-    if len(config.network.channels) > MAX_LEVELS:
-        raise ValueError(f"its network has {len(config.network.channels)} levels, expected at most {MAX_LEVELS}")
+    check_limits(config.network, config.generator.shape, config.generator.voxel_size_mm)
+
+
+def check_limits(network: NetworkConfig, window: tuple[int, ...], voxel_size_mm: float) -> None:
+    """Raise ValueError where a record asks for a network or a patch that no computer could run."""
+    if len(network.channels) > MAX_LEVELS:
+        raise ValueError(f"its network has {len(network.channels)} levels, expected at most {MAX_LEVELS}")
     if math.prod(window) > MAX_WINDOW_VOXELS:
         raise ValueError(f"its window is {' x '.join(map(str, window))}, expected at most {MAX_WINDOW_VOXELS} voxels")
     if not VOXEL_SIZES_MM[0] <= voxel_size_mm <= VOXEL_SIZES_MM[1]:
@@ -197,16 +206,18 @@ def _network(path: Path, config: TrainConfig, labels: LabelTable, file: Any) -> 
     try:
         with torch.device("meta"):  # shapes without memory
             network = SegmentationNetwork(config.network, len(labels))
-        _check_fit(weights_of(network), {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
+        check_fit(weights_of(network), {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
         network = network.to_empty(device="cpu")
         load_weights(network, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        _check_values(weights_of(network))
-    except (ConfigError, RuntimeError, AttributeError, ZeroDivisionError, *_DAMAGE) as error:
-        raise CheckpointError(f"{path}: its weights do not fit its config, or are damaged ({_plain(error)})") from None
+        check_values(weights_of(network))
+    except (ConfigError, RuntimeError, AttributeError, ZeroDivisionError, *DAMAGE) as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit its config, or are damaged ({plain_text(error)})"
+        ) from None
     return network
 
 
-def _check_fit(own: dict[str, torch.Tensor], stored: dict[str, Any]) -> None:
+def check_fit(own: dict[str, torch.Tensor], stored: dict[str, Any]) -> None:
     """Raise ValueError unless names, shapes and kinds of number of the stored tensors are those of the network."""
     if set(own) != set(stored):
         missing, unknown = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
@@ -219,7 +230,7 @@ def _check_fit(own: dict[str, torch.Tensor], stored: dict[str, Any]) -> None:
             raise ValueError(f"{name} is stored as {dtype}, which is not how a weights file holds it")
 
 
-def _check_values(weights: dict[str, torch.Tensor]) -> None:
+def check_values(weights: dict[str, torch.Tensor]) -> None:
     """Raise ValueError on weights with which a network computes nothing, without a word."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -228,7 +239,7 @@ def _check_values(weights: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is a variance and below zero")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(2**20):

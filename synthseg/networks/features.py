@@ -97,7 +97,7 @@ class FeatureNetwork(nn.Module):
 
 
 def feature_weights(weights: Mapping[str, torch.Tensor], head: str = "segmentation") -> dict[str, torch.Tensor]:
-    """Weights of a segmentation network under the names that they have in a FeatureNetwork: its last layer is a head."""
+    """Weights of a segmentation network under the names that they have in a FeatureNetwork: the last is a head."""
     return {
         f"heads.{head}.{name.removeprefix(LAST)}" if name.startswith(LAST) else name: tensor
         for name, tensor in weights.items()

@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 
-from synthseg.config import TrainConfig
+from synthseg.config import RunConfig, TrainConfig
 from synthseg.errors import SynthSegError, TemplateError
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.templates import Template, expand, load_template
 from synthseg.training.optimiser import make_optimiser
-from synthseg.training.stream import SyntheticStream
 
 if TYPE_CHECKING:
-    from synthseg.training.loop import Trainer
+    from synthseg.training.run import Run
 
 PATIENCE_S = 30.0  # no further step is begun after this
 MOST_STEPS = 5
@@ -59,10 +58,11 @@ class Pace:
         """Seconds a step; workers draw while the network computes."""
         return max(self.network_s, self.render_s / workers) if workers else self.network_s + self.render_s
 
-    def seconds_to_finish(self, config: TrainConfig, steps_done: int, held_out: int) -> float:
+    def seconds_to_finish(self, config: RunConfig, steps_done: int, held_out: int) -> float:
         """Steps that are left, and validations: a rendering and a forward pass (a third of a step) each."""
         left = max(0, config.steps - steps_done)
-        validations = math.ceil(left / config.validate_every) * held_out * len(config.validation_contrasts)
+        rendered = len(config.validation_contrasts) if isinstance(config, TrainConfig) else 1
+        validations = math.ceil(left / config.validate_every) * held_out * rendered
         one = (self.render_s + self.network_s / 3) / config.batch_size
         return left * self.step_s(config.workers) + validations * one
 
@@ -77,7 +77,7 @@ def peak_memory_bytes() -> int | None:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def check_templates(config: TrainConfig) -> list[str]:
+def check_templates(config: RunConfig) -> list[str]:
     """Load every template once and relate it to the classes; returns what a user should know.
 
     Raises TemplateError with all problems, each naming its template.
@@ -113,12 +113,13 @@ def _classes_in(template: Template, target: LabelTable) -> set[int]:
     return set(np.flatnonzero(template.table.groups(target)[present].any(0)).tolist())
 
 
-def throwaway(trainer: Trainer, folder: Path) -> Trainer:
+def throwaway(trainer: Run[Any, Any], folder: Path) -> Run[Any, Any]:
     """A trainer with the same weights and state in memory of its own; templates, scans and devices are shared.
 
     Its optimiser begins anew: a step costs the same.
     """
-    shared = (*trainer.templates, *trainer.held_out, trainer.templates, trainer.held_out, trainer.scans, trainer.fabric)
+    scans = getattr(trainer, "scans", None)
+    shared = (*trainer.templates, *trainer.held_out, trainer.templates, trainer.held_out, scans, trainer.fabric)
     memo = {id(thing): thing for thing in (*shared, trainer.config, trainer.target)}
     plain = copy.deepcopy(trainer.plain, memo)
     optimiser = make_optimiser(plain, trainer.config.optimiser)
@@ -138,7 +139,7 @@ def throwaway(trainer: Trainer, folder: Path) -> Trainer:
     return double
 
 
-def measure(trainer: Trainer, most_steps: int = MOST_STEPS, patience_s: float = PATIENCE_S) -> Pace:
+def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: float = PATIENCE_S) -> Pace:
     """Time a few real steps of a throwaway copy."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     device = trainer.fabric.device
@@ -152,7 +153,7 @@ def measure(trainer: Trainer, most_steps: int = MOST_STEPS, patience_s: float = 
         with tempfile.TemporaryDirectory() as folder:
             double = throwaway(trainer, Path(folder))
             double.network.train()
-            stream = SyntheticStream(double.config, double.templates, double.target)
+            stream = double.stream()
             for _ in range(most_steps):
                 start = time.monotonic()
                 torch.set_num_threads(1 if trainer.config.workers else threads)  # as the workers do
@@ -184,7 +185,7 @@ def measure(trainer: Trainer, most_steps: int = MOST_STEPS, patience_s: float = 
     )
 
 
-def plan(trainer: Trainer, pace: Pace | None, why_not: str = "") -> list[str]:
+def plan(trainer: Run[Any, Any], pace: Pace | None, why_not: str = "") -> list[str]:
     """The plan, a line for each thing; ``pace`` None if it was not measured, and why."""
     config, state = trainer.config, trainer.state
     voxel = config.generator.voxel_size_mm
@@ -198,7 +199,7 @@ def plan(trainer: Trainer, pace: Pace | None, why_not: str = "") -> list[str]:
     lines = [
         f"run         {config.name} in {trainer.folder}, from {trainer.start}, step {state.step} of {config.steps}",
         f"classes     {len(names)} of {trainer.target.name} and background: {shown}",
-        f"voxel size  {voxel:g} mm (templates {' and '.join(sizes)} mm)",
+        f"voxel size  {voxel:g} mm" + (f" (templates {' and '.join(sizes)} mm)" if sizes else ""),
         f"patch       {_by(shape)} voxels, {_by(n * voxel for n in shape)} mm; {config.batch_size} a step",
         f"templates   {len(trainer.templates)} to train on, {len(trainer.held_out)} held out{held}",
         f"network     {config.network.architecture} {list(config.network.channels)}, {parameters / 1e6:.2f} M weights",
@@ -243,7 +244,7 @@ def _duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
-def forecast(trainer: Trainer) -> list[str]:
+def forecast(trainer: Run[Any, Any]) -> list[str]:
     """The plan with measured speed; where it cannot be measured, it says why and the run goes on."""
     if trainer.fabric.world_size > 1:
         return plan(trainer, None, f"{trainer.fabric.world_size} processes share each step")

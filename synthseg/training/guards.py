@@ -29,7 +29,8 @@ def follow(state: RunState, config: DivergenceConfig, loss: float, dice: float) 
     if state.step <= config.after_steps:
         return False
     state.level = min(state.level, state.loss) if state.level > 0 else state.loss
-    state.above = state.above + 1 if state.loss > config.factor * state.level else 0
+    far = state.level > 0 and state.loss > config.factor * state.level  # of a loss below zero there is no "times"
+    state.above = state.above + 1 if far else 0
     return 0 < config.steps <= state.above
 
 

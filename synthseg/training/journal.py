@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch.utils.tensorboard import SummaryWriter
 
-from synthseg.config import TrainConfig
+from synthseg.config import RunConfig
 from synthseg.training.state import RunState
 from synthseg.volume import write_text_atomically
 
 LOG_EVERY = 50
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn("loss {task.fields[loss]:.3f} dice {task.fields[dice]:.3f} val {task.fields[best]:.3f}"),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
+
+
+def columns(figure: str) -> tuple[ProgressColumn, ...]:
+    """What the bar shows."""
+    figures = f"loss {{task.fields[loss]:.3f}} {figure} {{task.fields[dice]:.3f}} val {{task.fields[best]:.3f}}"
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(figures),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
 
 def forget_after(log: Path, step: int) -> None:
@@ -42,18 +56,27 @@ def _step_of(line: str) -> float:
 
 
 class Journal:
-    """Writes while a run goes on. In a process that is not the first (``active`` False) it is silent."""
+    """Writes while a run goes on. In a process that is not the first (``active`` False) it is silent.
 
-    def __init__(self, config: TrainConfig, folder: Path, state: RunState, active: bool) -> None:
+    ``figure`` is what the second number of a step is called, the third column of the log.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, state: RunState, active: bool, figure: str = "dice") -> None:
         self.active = active
+        self.figure = figure
         if not active:
             return
         forget_after(folder / "log.csv", state.step)
-        self._bar = Progress(*COLUMNS, console=Console(stderr=True))
+        self._bar = Progress(*columns(figure), console=Console(stderr=True))
         self._curves = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
         self._log = (folder / "log.csv").open("a")
         self._task = self._bar.add_task(
-            config.name, total=config.steps, completed=state.step, loss=state.loss, dice=state.dice, best=0.0
+            config.name,
+            total=config.steps,
+            completed=state.step,
+            loss=state.loss,
+            dice=state.dice,
+            best=self._best(state),
         )
 
     def __enter__(self) -> Journal:
@@ -69,15 +92,23 @@ class Journal:
             self._log.close()
             self._curves.close()
 
-    def step(self, state: RunState, last: bool) -> None:
-        """One more step is done; the figures are running means."""
+    @staticmethod
+    def _best(state: RunState) -> float:
+        return state.best if state.validations else 0.0
+
+    def step(self, state: RunState, last: bool, terms: Mapping[str, float] | None = None) -> None:
+        """One more step is done; the figures of the state are running means, ``terms`` parts of this step's loss."""
         if not self.active:
             return
-        self._bar.update(self._task, completed=state.step, loss=state.loss, dice=state.dice, best=max(0.0, state.best))
+        best = self._best(state)
+        self._bar.update(self._task, completed=state.step, loss=state.loss, dice=state.dice, best=best)
         if state.step % LOG_EVERY == 0 or last:
             self._curves.add_scalar("train/loss", state.loss, state.step)
-            self._curves.add_scalar("train/dice", state.dice, state.step)
+            self._curves.add_scalar(f"train/{self.figure}", state.dice, state.step)
             self._log.write(f"{state.step},{state.seconds:.1f},{state.loss:.4f},{state.dice:.4f}\n")
+            for name, value in (terms or {}).items():
+                self._curves.add_scalar(f"train/{name}", value, state.step)
+                self._log.write(f"# {state.step} term {name} {value:.4f}\n")
             self._log.flush()
 
     def validated(self, state: RunState) -> None:
@@ -88,6 +119,6 @@ class Journal:
             mean = sum(row.values()) / len(row)
             self._curves.add_scalar(f"scan/{name}", mean, state.step)
             self._log.write(f"# {state.step} scan {name} {mean:.4f}\n")
-        self._curves.add_scalar("validation/dice", state.validation["mean"], state.step)
+        self._curves.add_scalar(f"validation/{self.figure}", state.validation["mean"], state.step)
         self._log.write(f"# {state.step} validation {state.validation['mean']:.4f}\n")
         self._log.flush()

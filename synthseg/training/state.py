@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from synthseg.config import TrainConfig
+from synthseg.config import RunConfig
 from synthseg.errors import CheckpointError, ConfigError, OutputError
 from synthseg.networks.checkpoint import read_tensors, save_tensors
 
@@ -153,11 +153,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def check_same_run(config: TrainConfig, record: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError if a run would go on with what only a new run may have."""
-    now, default = (json.loads(some.model_dump_json()) for some in (config, TrainConfig()))
-    then = {key: record["config"].get(key, default[key]) for key in FIXED_BY_THE_START}
-    changed = [key for key in FIXED_BY_THE_START if then[key] != now[key]]
+def check_same_run(config: RunConfig, record: dict[str, Any], path: Path, also: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError if a run would go on with what only a new run may have; ``also`` names further such keys."""
+    now, default = (json.loads(some.model_dump_json()) for some in (config, type(config)()))
+    keys = [key for key in (*FIXED_BY_THE_START, *also) if key in now]
+    then = {key: record["config"].get(key, default[key]) for key in keys}
+    changed = [key for key in keys if then[key] != now[key]]
     if changed:
         raise ConfigError(
             f"{path}: the run was started with other {', '.join(changed)} "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from synthseg import rng
-from synthseg.config import TrainConfig
+from synthseg.config import RunConfig, TrainConfig
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable
 from synthseg.templates import Template
+
+B = TypeVar("B", covariant=True)
 
 
 @dataclass
@@ -43,8 +46,34 @@ def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, t
     return torch.tensor(index, dtype=torch.uint8), torch.from_numpy(np.stack(unique))
 
 
-class SyntheticStream(IterableDataset[Batch]):
-    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept.
+class Stream(IterableDataset[B], Generic[B]):
+    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept."""
+
+    config: RunConfig
+    first: int
+
+    def batch(self, number: int) -> B:
+        """Batch ``number``: the same whenever and wherever it is made."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[B]:
+        worker = get_worker_info()
+        number, step = self.first, 1
+        if worker is not None:
+            number, step = number + worker.id, worker.num_workers
+        while True:
+            yield self.batch(number)
+            number += step
+
+
+def template_of(seed: int, index: int, templates: Sequence[Template]) -> int:
+    """Which template sample ``index`` is made from."""
+    source = rng.generator(seed, index, "template")
+    return int(torch.randint(len(templates), (), generator=source))
+
+
+class SyntheticStream(Stream[Batch]):
+    """Batches of synthetic images and their labels.
 
     With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch.
     """
@@ -69,8 +98,7 @@ class SyntheticStream(IterableDataset[Batch]):
         config = self.config
         plans, chosen = [], []
         for index in range(number * config.batch_size + self.rank, (number + 1) * config.batch_size, self.world):
-            source = rng.generator(config.seed, index, "template")
-            which = int(torch.randint(len(self.templates), (), generator=source))
+            which = template_of(config.seed, index, self.templates)
             template = self.templates[which]
             plans.append(sample_plan(config.generator, template.name, template.table, config.seed, index))
             chosen.append(which)
@@ -78,21 +106,12 @@ class SyntheticStream(IterableDataset[Batch]):
         targets = torch.stack([self.tables[w][0][lab.int()] for w, lab in zip(chosen, labels, strict=True)])
         return Batch(images, targets, [self.tables[w][1] for w in chosen], plans)
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, step = self.first, 1
-        if worker is not None:
-            number, step = number + worker.id, worker.num_workers
-        while True:
-            yield self.batch(number)
-            number += step
-
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def loader(stream: SyntheticStream) -> Iterator[Batch]:
+def loader(stream: Stream[B]) -> Iterator[B]:
     """Iterate over the stream, in this process or with worker processes."""
     workers = stream.config.workers
     if workers == 0:

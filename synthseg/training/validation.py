@@ -145,7 +145,7 @@ def load_scan(scan: ScanConfig, voxel_size_mm: float, target: LabelTable) -> Lab
     groups = relation.numpy()
     truth = lookup.numpy()[table.to_index(ids, where=scan.labels)]
     counts = np.bincount(truth.ravel(), minlength=len(groups))
-    told = np.flatnonzero(np.isfinite(_dice_of_groups(np.diag(counts) @ groups, groups)))
+    told = np.flatnonzero(np.isfinite(dice_of_groups(np.diag(counts) @ groups, groups)))
     classes = {int(index): " + ".join(np.array(target.names)[groups[index]]) for index in told}
     if not classes:
         raise ConfigError(
@@ -214,12 +214,12 @@ def scan_table(
         pairs = scan.truth.data.astype(np.int64) * n_classes + guess
         confusion = np.bincount(pairs.ravel(), minlength=n_groups * n_classes).reshape(n_groups, n_classes)
         confusion[:, 0] += scan.outside
-        scores = _dice_of_groups(confusion, scan.groups)
+        scores = dice_of_groups(confusion, scan.groups)
         table[scan.name] = {name: round(float(scores[index]), 4) for index, name in scan.classes.items()}
     return table
 
 
-def _dice_of_groups(confusion: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def dice_of_groups(confusion: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Dice of each group of classes, float64 (G,), from voxels of each group and predicted class (G, C).
 
     NaN for background, for groups that are absent, and for those that share a class with another one that is present.

@@ -158,6 +158,6 @@ def test_processes_that_see_other_states_do_not_go_on(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Trainer(make_config(), tmp_path).run(until=1)
-    monkeypatch.setattr("synthseg.training.loop.gather", lambda fabric, value: [value, value + 2])
+    monkeypatch.setattr("synthseg.training.run.gather", lambda fabric, value: [value, value + 2])
     with pytest.raises(CheckpointError, match=r"states of steps \[1, 3\]; all nodes must see the same run folder"):
         Trainer(make_config(), tmp_path, resume=True)

@@ -67,7 +67,7 @@ def test_the_copy_learns_by_itself(make_config: MakeConfig, tmp_path: Path) -> N
     double = forecast.throwaway(trainer, tmp_path / "b")
     assert double.templates[0] is trainer.templates[0]
     before = {k: v.detach().clone() for k, v in weights_of(double.plain).items()}
-    double.step(forecast.SyntheticStream(double.config, double.templates, double.target).batch(0))
+    double.step(double.stream().batch(0))
     moved = [name for name, tensor in weights_of(double.plain).items() if not torch.equal(tensor, before[name])]
     assert len(moved) > len(before) / 2
     assert double.state.step == 1

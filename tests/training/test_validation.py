@@ -13,7 +13,7 @@ from synthseg.errors import ConfigError, LabelError, SynthSegError
 from synthseg.labels import load_scheme
 from synthseg.metrics import dice
 from synthseg.training.loop import Trainer
-from synthseg.training.validation import _dice_of_groups, load_scan, load_scans, scan_table
+from synthseg.training.validation import dice_of_groups, load_scan, load_scans, scan_table
 
 SHAPE = (40, 52, 46)
 GREY = {0: 0.0, 511: 0.2, 515: 0.4, 24: 0.6, 3: 0.8, 2: 1.0}  # from outside inwards, so that a mean lies between
@@ -98,13 +98,13 @@ def test_coarse_and_partial_labels_are_scored_as_far_as_they_tell() -> None:
             [0, 0, 0, 0, 0],  # absent
         ]
     )
-    found = _dice_of_groups(confusion, groups)
+    found = dice_of_groups(confusion, groups)
     # predicted within what is told: classes 1, 2: 2 + 20 + 10 + 5 = 37; class 3: 1 + 4 + 12 = 17
     np.testing.assert_allclose(found, [np.nan, 2 * 30 / (37 + 37), 2 * 12 / (17 + 17), np.nan, np.nan])
-    found = _dice_of_groups(confusion[[0, 3]], groups[[0, 3]])  # alone, "any of 1, 2, 3" is a group like others
+    found = dice_of_groups(confusion[[0, 3]], groups[[0, 3]])  # alone, "any of 1, 2, 3" is a group like others
     np.testing.assert_allclose(found, [np.nan, 2 * 24 / (24 + 3 + 24)])
     overlapping = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], bool)
-    assert np.isnan(_dice_of_groups(np.ones((3, 4), int), overlapping)).all()
+    assert np.isnan(dice_of_groups(np.ones((3, 4), int), overlapping)).all()
 
 
 def test_unions_are_named(make_config: Any, scan: dict[str, str], tmp_path: Path) -> None:

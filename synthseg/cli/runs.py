@@ -1,0 +1,80 @@
+"""What the commands that train have in common: a recipe read, a run folder checked, a plan told, a run carried out."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from synthseg.config import RunConfig
+    from synthseg.training.run import Run
+
+R = TypeVar("R", bound="RunConfig")
+
+
+def read_recipe(model: type[R], recipe: str, settings: list[str], start: str | None = None) -> R:
+    """A recipe with ``--set`` and ``--from`` applied; scheme and templates beside the recipe are taken from there."""
+    from synthseg.config import parse, read_yaml, resolve_paths, set_by_path
+
+    record = read_yaml(recipe)
+    for assignment in settings:
+        set_by_path(record, assignment)
+    if start:
+        take_over(record, start)
+    beside = Path(recipe).parent / str(record.get("scheme"))
+    if beside.suffix == ".json" and beside.is_file():
+        record["scheme"] = str(beside)
+    return resolve_paths(parse(model, record, recipe), Path(recipe).parent)
+
+
+def take_over(record: dict[str, Any], model: str) -> None:
+    """Start from a model's weights: network, voxel size and patch are its own where the recipe does not name them."""
+    from synthseg.errors import ConfigError
+    from synthseg.networks.checkpoint import model_path, read_tensors
+
+    file = model_path(model)
+    trained = read_tensors(file)[1].get("config", {})
+    record["init"] = str(file.resolve()) if Path(model).is_file() else model
+    for section, keys in (("network", list(trained.get("network", {}))), ("generator", ["voxel_size_mm", "shape"])):
+        own = record[section] = dict(record.get(section) or {})
+        for key in keys:
+            own.setdefault(key, trained[section][key])
+    other = {k: v for k, v in record["network"].items() if v != trained["network"].get(k, v)}
+    if other and not record.get("grow"):
+        its = ", ".join(f"{key} {trained['network'][key]}" for key in other)
+        ours = ", ".join(f"{key} {value}" for key, value in other.items())
+        raise ConfigError(
+            f"--from {model}: its network has {its}, the recipe {ours}; leave out 'network' and the "
+            "generator's voxel_size_mm and shape to take over the model's, or write a recipe with: synthseg init --from"
+        )
+
+
+def check_run_folder(folder: Path, resume: bool, dry_run: bool) -> None:
+    """Refuse a folder that holds a run already, or none to resume, or that cannot be written."""
+    from synthseg.errors import CheckpointError, OutputError
+    from synthseg.volume import check_writable
+
+    states = [folder / "state.safetensors", folder / "state.previous.safetensors"]
+    if any(state.exists() for state in states) and not resume and not dry_run:
+        raise OutputError(f"{folder}: holds a run already; use --resume to go on, or another folder with -o")
+    if resume and not any(state.is_file() for state in states):
+        raise CheckpointError(f"{folder}: holds no run to resume (state.safetensors); start it without --resume")
+    check_writable(states[0])
+
+
+def carry_out(trainer: Run[Any, Any], notes: list[str], dry_run: bool, use: str) -> None:
+    """Tell the plan; then draw the first batch, or train. ``use`` says what to do with the model, ``{}``."""
+    from synthseg.training.forecast import forecast
+
+    tell = functools.partial(typer.echo, err=True) if trainer.is_main else lambda line: None
+    for line in [*forecast(trainer), *(f"note: {note}" for note in notes)]:
+        tell(line)
+    if dry_run:
+        if trainer.is_main:
+            tell(f"first batch: {trainer.draw_first_batch(trainer.folder / 'first_batch.png')}")
+        return
+    model = trainer.run()
+    tell(f"model: {model}; {use.format(model)}")

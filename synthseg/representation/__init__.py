@@ -1,0 +1,1 @@
+"""Voxel features as a product: extracted from scans, shown as colours, and measured."""

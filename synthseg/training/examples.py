@@ -1,0 +1,197 @@
+"""Real images to fine-tune on: a scan, its label map if the task needs one, and an aligned T1 if it needs that.
+
+``find_images`` pairs the files of a folder; ``load_example`` reads what belongs together onto one grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from synthseg.config import ImageConfig
+from synthseg.config.finetuning import TaskName
+from synthseg.conforming import crop, head_box
+from synthseg.errors import ConfigError, InputError
+from synthseg.intensity import CT_WINDOW_HU, fill_as_air, finite, foreground, looks_like_hounsfield, normalise
+from synthseg.labels import BRAIN_TISSUES, LabelTable, load_scheme, tissue_mask
+from synthseg.templates import read_label_map
+from synthseg.training.canonical import WHITE_MATTER
+from synthseg.volume import Volume, canonical, image_stem, image_suffix, load_volume
+
+HEAD_THRESHOLD = 0.15  # of the median intensity of the foreground; what is darker and not enclosed is air
+LABEL_ENDINGS = ("_label", "_labels", "_seg", "_dseg", "_aseg", "_segmentation", "-labels", "-label", "-seg")
+T1_ENDINGS = ("_t1", "_T1w", "-t1")
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A real image in RAS+ order, cropped to the head.
+
+    Attributes
+    ----------
+    image : float32 (d, h, w) in [0, 1].
+    labels : uint8 (d, h, w): indices into ``table``; without a table 1 inside the head.
+    center : voxel coordinates of the middle of the brain; of the head, without labels.
+    t1 : an aligned T1 on the same voxels, float32 (d, h, w) in [0, 1], or None.
+    contrast : "ct", or "random" where it is not known.
+    """
+
+    name: str
+    image: torch.Tensor
+    labels: torch.Tensor
+    table: LabelTable | None
+    spacing_mm: tuple[float, float, float]
+    center: tuple[float, float, float]
+    t1: torch.Tensor | None = None
+    contrast: str = "random"
+
+
+def load_example(one: ImageConfig, scheme: str, task: TaskName) -> Example:
+    """Read an image and what the task needs of it. Raises ConfigError if something is missing or does not fit."""
+    if task == "segmentation" and not one.labels:
+        raise ConfigError(f"images: {one.image} has no label map, which segmentation needs; name it under 'labels'")
+    if task == "reconstruction" and not one.t1:
+        raise ConfigError(f"images: {one.image} has no T1 scan, which reconstruction needs; name an aligned one: 't1'")
+    whole = canonical(_read(one.image))
+    box = head_box(whole)
+    ras = crop(whole, box)
+    image, contrast = _intensities(ras)
+    table, index = None, None
+    if one.labels:
+        table, whole_index = _labels_on(one, scheme, whole)
+        index = torch.from_numpy(np.ascontiguousarray(whole_index[box]))
+    labels = head_mask(image) if index is None else index
+    if not bool((labels > 0).any()):
+        raise ConfigError(f"images: {one.labels or one.image} shows no head; is it the right file?")
+    brain = labels > 0
+    if table is not None:
+        chosen = torch.from_numpy(tissue_mask(table, BRAIN_TISSUES))[labels.int()]
+        brain = chosen if bool(chosen.any()) else brain
+    middle = ndimage.find_objects(brain.numpy().astype(np.uint8))[0]
+    d, h, w = ((side.start + side.stop - 1) / 2 for side in middle)
+    t1 = _aligned(canonical(_read(one.t1)), ras, one) if one.t1 else None
+    if t1 is not None and table is not None:
+        t1 = _at_level(t1, torch.from_numpy(tissue_mask(table, {"wm"}))[labels.int()])
+    name = image_stem(Path(one.image))
+    return Example(name, image, labels, table, ras.spacing_mm, (d, h, w), t1, contrast)
+
+
+def load_examples(images: Sequence[ImageConfig], scheme: str, task: TaskName) -> list[Example]:
+    """The real images of a recipe, in its order."""
+    return [load_example(one, scheme, task) for one in images]
+
+
+def head_mask(image: torch.Tensor) -> torch.Tensor:
+    """Where the head is in an image (d, h, w): what is not air, its largest piece, without holes; uint8."""
+    floor, median = foreground(image)
+    components, count = ndimage.label((image > floor + HEAD_THRESHOLD * (median - floor)).numpy())
+    if count == 0:
+        return torch.zeros(image.shape, dtype=torch.uint8)
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    return torch.from_numpy(ndimage.binary_fill_holes(components == sizes.argmax()).astype(np.uint8))
+
+
+def _read(file: str) -> Volume:
+    try:
+        return load_volume(file)
+    except InputError as error:
+        raise ConfigError(f"images: {error}") from None
+
+
+def _intensities(ras: Volume) -> tuple[torch.Tensor, str]:
+    """Intensities in [0, 1], treated as in inference, and "ct" or "random"."""
+    image = fill_as_air(finite(torch.from_numpy(np.ascontiguousarray(ras.data, dtype=np.float32))))
+    if looks_like_hounsfield(image):
+        return normalise(image.clamp(*CT_WINDOW_HU)), "ct"
+    return normalise(image), "random"
+
+
+def _labels_on(one: ImageConfig, scheme: str, whole: Volume) -> tuple[LabelTable, np.ndarray]:
+    """Table and indices (D, H, W) of a label map on the grid of its scan."""
+    labels = read_label_map(Path(one.labels))
+    if whole.data.shape != labels.data.shape or not np.allclose(whole.affine, labels.affine, atol=0.1):
+        shapes = " and ".join(" x ".join(map(str, volume.data.shape)) for volume in (whole, labels))
+        raise ConfigError(
+            f"images: {one.labels} is not on the voxel grid of {one.image} ({shapes} voxels, or other positions); "
+            "resample the labels to the scan, nearest neighbour"
+        )
+    table = load_scheme(one.scheme or scheme)
+    ids = labels.data
+    if one.read_as:
+        present, where = np.unique(ids, return_inverse=True)
+        ids = np.array([one.read_as.get(int(label), int(label)) for label in present])[where].reshape(ids.shape)
+    return table, table.to_index(ids, where=one.labels)
+
+
+def _aligned(t1: Volume, ras: Volume, one: ImageConfig) -> torch.Tensor:
+    """A T1 scan on the voxels of another scan of the same head, by their positions, linearly."""
+    between = np.linalg.inv(t1.affine) @ ras.affine
+    data = np.nan_to_num(t1.data, nan=0.0, posinf=0.0, neginf=0.0)
+    found = ndimage.affine_transform(
+        data, between[:3, :3], between[:3, 3], output_shape=ras.data.shape, order=1, mode="constant", cval=data.min()
+    )
+    image = normalise(torch.from_numpy(found.astype(np.float32)))
+    if not bool((image > 0).any()):
+        raise ConfigError(f"images: {one.t1} does not overlap {one.image}; register the two first")
+    return image
+
+
+def _at_level(t1: torch.Tensor, white_matter: torch.Tensor) -> torch.Tensor:
+    """A T1 whose white matter, where it is known, is as bright as that of the canonical image of a template."""
+    level = float(t1[white_matter].median()) if bool(white_matter.any()) else 0.0
+    return (t1 * (WHITE_MATTER / level)).clamp(0, 1) if level > 0.05 else t1
+
+
+# ------------------------------------------------------------------------------------------- images of a folder
+
+
+def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageConfig, ...]:
+    """The images of a folder, each with its label map or T1 if the task needs one, in the order of their names.
+
+    Three arrangements are known: ``x_image.nii.gz`` beside ``x_label.nii.gz``, as ``synthseg generate`` writes them;
+    ``x.nii.gz`` beside ``x_seg.nii.gz`` (or another of LABEL_ENDINGS; T1_ENDINGS for a T1); and two folders,
+    ``images*`` and ``labels*`` (``t1*``), with the same names, an nnU-Net ``_0000`` apart. Raises ConfigError where a
+    partner is missing.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder}: no such folder; give a folder of images and label maps")
+    partner = {"segmentation": "labels", "reconstruction": "t1"}.get(task, "")
+    endings = {"labels": LABEL_ENDINGS, "t1": T1_ENDINGS}.get(partner, ())
+    inside = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name.lower().startswith("images")]
+    files = [file for place in inside or [folder] for file in _images_in(place)]
+    others = {
+        stem: file for file in files for stem in [image_stem(file)] if stem.endswith((*LABEL_ENDINGS, *T1_ENDINGS))
+    }
+    scans = [file for file in files if image_stem(file) not in others]
+    if not scans:
+        raise ConfigError(f"--images {folder}: holds no images (NIfTI or MGH), in itself or in images*/")
+    found = []
+    for scan in scans:
+        stem = image_stem(scan).removesuffix("_image")
+        match: Path | None = None
+        if partner and inside:
+            places = [sub for sub in folder.iterdir() if sub.is_dir() and sub.name.lower().startswith(partner)]
+            named = {image_stem(file): file for place in places for file in _images_in(place)}
+            short = stem[:-5] if stem[-5:-4] == "_" and stem[-4:].isdigit() else stem
+            match = next((named[key] for key in (stem, short, *(short + e for e in endings)) if key in named), None)
+        elif partner:
+            match = next((others[stem + ending] for ending in endings if stem + ending in others), None)
+        if partner and match is None:
+            what = "label map" if partner == "labels" else "T1"
+            where = f"{partner}*/{stem}.nii.gz" if inside else f"{stem}{endings[0]}.nii.gz"
+            raise ConfigError(f"--images {folder}: {scan.name} has no {what}; expected {where}, or name it in a recipe")
+        extra = {partner: str(match)} if match is not None else {}
+        found.append(ImageConfig(image=str(scan), scheme=scheme, **extra))
+    return tuple(found)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        file for file in folder.iterdir() if image_suffix(file) and file.is_file() and not file.name.startswith(".")
+    )
