@@ -241,8 +241,8 @@ segmentation from scratch for as long as pretraining and fine-tuning took togeth
 
 ## What was compared
 
-- Network: DynUNet, channels {channels}, at {settings["voxel_size_mm"]:g} mm on the brain and what is near it ({shape} voxels);
-  Muon, constant rate, averaged weights; one thread. The same for all rows, nothing tuned for one of them.
+- Network: DynUNet, channels {channels}, at {settings["voxel_size_mm"]:g} mm on the brain and what is near it ({shape}
+  voxels); Muon, constant rate, averaged weights; one thread. The same for all rows, nothing tuned for one of them.
 - Pretraining: {first:g} CPU minutes on views of {seen} templates, severities {severities}; labels are used by SupCon
   and HSCL alone, and by all to draw the voxels.
 - Segmentation: {then:g} CPU minutes from the pretrained weights, all free, with {joined(counts)} of the templates.

@@ -11,9 +11,10 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -110,6 +111,26 @@ def prepare_torch(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def within_memory(device: Any) -> Iterator[None]:
+    """An allocation that does not fit into the machine or its container is refused, so that an error can say so."""
+    import torch
+
+    from synthseg.memory import limit_allocations
+
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_allocations(threads=2 * torch.get_num_threads() + 8)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def shipped(kind: str, pattern: str) -> list[Path]:

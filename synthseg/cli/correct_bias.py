@@ -38,10 +38,15 @@ def correct_bias(
 ) -> None:  # fmt: skip
     """Divide MR scans by their bias field; grid and intensities stay the scan's own."""
     from synthseg.errors import OutputError
+    from synthseg.volume import IMAGE_SUFFIXES, image_suffix
 
-    pairs = plan_targets(inputs, output, ENDING)
-    if field is not None and len(pairs) > 1:
-        raise OutputError(f"{field}: is one file, but there are {len(pairs)} scans; leave out --field")
+    jobs = plan_targets(inputs, output, ENDING)
+    if field is not None and len(jobs) > 1:
+        raise OutputError(f"{field}: is one file, but there are {len(jobs)} scans; leave out --field")
+    if field is not None and image_suffix(field) is None:
+        raise OutputError(f"{field}: not an image name; end it in {', '.join(IMAGE_SUFFIXES)}")
+    if field is not None and field.resolve() == jobs[0][1].resolve():
+        raise OutputError(f"{field}: is also the file of the corrected scan; choose another name for one of them")
 
     def work(scan: Volume, loaded: FeatureModel, torch_device: Any, target: Path) -> None:
         from synthseg.representation import tasks
@@ -53,4 +58,4 @@ def correct_bias(
             save_scan(field, found.field, scan)
 
     also = [] if field is None else [field]
-    run_images(pairs, also, "bias-field", model, work, device, threads, overwrite, debug)
+    run_images(jobs, also, "bias-field", model, work, device, threads, overwrite, debug)

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from synthseg.cli.base import DEFAULT_MODEL, DebugOption, DeviceOption, ThreadsOption, app, prepare_torch, report, say
-from synthseg.cli.segment import _within_memory
+from synthseg.cli.base import (
+    DEFAULT_MODEL,
+    DebugOption,
+    DeviceOption,
+    ThreadsOption,
+    app,
+    prepare_torch,
+    report,
+    say,
+    within_memory,
+)
 
 if TYPE_CHECKING:
     from synthseg.inputs import Scan
@@ -39,8 +48,9 @@ def features(
         Path | None, typer.Option(metavar="PNG", help="Draw each scan beside its features in colour.")
     ] = None,
     file_format: Annotated[
-        str, typer.Option("--format", metavar="nii.gz|npz|safetensors", help="Files in a folder OUT.")
-    ] = "nii.gz",
+        str | None,
+        typer.Option("--format", metavar="nii.gz|npz|safetensors", help="Of files in a folder OUT. Default: nii.gz."),
+    ] = None,
     report_to: Annotated[
         Path | None,
         typer.Option("--report", metavar="HTML|DIR", help="Measure the features on synthetic images; no scans."),
@@ -48,8 +58,8 @@ def features(
     templates: Annotated[
         list[str] | None, typer.Option(metavar="NAME|DIR", help="Templates of the report (repeat). Default: phantom.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=2, help="Anatomies of the report.")] = 6,
-    seed: Annotated[int, typer.Option(help="Of the report's images.")] = 0,
+    n: Annotated[int | None, typer.Option("--n", min=2, help="Anatomies of the report. Default: 6.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the report's images. Default: 0.")] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
@@ -60,14 +70,15 @@ def features(
 
     wanted = _parse_levels(levels)
     if report_to is not None:
-        given = {"scans": inputs, "--output": output, "--pca": pca, "--picture": picture}
+        given = {"scans": inputs, "--output": output, "--pca": pca, "--picture": picture, "--format": file_format}
         ignored = [name for name, value in given.items() if value]
         if ignored:
             raise ConfigError(f"--report makes its own images; leave out {', '.join(ignored)}")
-        _report(report_to, model, wanted, templates or ["phantom"], n, seed, device, threads, overwrite)
+        _report(report_to, model, wanted, templates or ["phantom"], n or 6, seed or 0, device, threads, overwrite)
         return
-    if templates:
-        raise ConfigError("--templates is for --report; features of scans need none")
+    for name, value in {"--templates": templates or None, "--n": n, "--seed": seed}.items():
+        if value is not None:
+            raise ConfigError(f"{name} is for --report; features of scans need none")
     if not inputs:
         raise InputError("no scan was given; name files, folders or patterns")
     if output is None and picture is None:
@@ -82,7 +93,7 @@ def _extract(
     levels: tuple[int, ...],
     components: int,
     picture: Path | None,
-    file_format: str,
+    file_format: str | None,
     device: str,
     threads: int | None,
     overwrite: bool,
@@ -92,7 +103,7 @@ def _extract(
     from synthseg.inputs import find_scans
     from synthseg.volume import check_readable
 
-    if file_format not in ("nii.gz", "npz", "safetensors"):
+    if file_format not in (None, "nii.gz", "npz", "safetensors"):
         raise ConfigError(f"--format {file_format}: expected nii.gz, npz or safetensors")
     if picture is not None and picture.suffix.lower() != ".png":
         raise OutputError(f"{picture}: the picture is a PNG; end its name in .png")
@@ -100,9 +111,12 @@ def _extract(
     if picture is not None and len(scans) > MOST_ROWS:
         raise ConfigError(f"--picture: {len(scans)} scans do not fit on one picture, at most {MOST_ROWS} do")
     prepare_torch(threads)
-    from synthseg.representation.files import check_files, target_files
+    from synthseg.representation.files import check_files, file_suffix, target_files
 
-    targets = [] if output is None else target_files(scans, output, f".{file_format}", _one_file(inputs, scans))
+    if file_format and (output is None or (file_suffix(output) and not output.is_dir())):
+        raise ConfigError(f"--format {file_format} is of files in a folder; name a folder with -o, or leave it out")
+    suffix = f".{file_format or 'nii.gz'}"
+    targets = [] if output is None else target_files(scans, output, suffix, _one_file(inputs, scans))
     sources = [scan.path for scan in scans]
     check_files([*targets, *([picture] if picture is not None else [])], sources, overwrite)
     for scan in scans:
@@ -130,7 +144,7 @@ def _extract(
 
     paths: list[Path | None] = [*targets] if output is not None else [None] * len(sources)
     tasks = [Task(source, target) for source, target in zip(sources, paths, strict=True)]
-    with _within_memory(torch_device):
+    with within_memory(torch_device):
         run(tasks, loaded, torch_device, levels, components=components, picture=picture, on_done=on_done)
     failed = [code for code in codes if code]
     if picture is not None and len(failed) < len(scans):

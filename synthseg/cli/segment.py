@@ -6,14 +6,24 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from synthseg.cli.base import DEFAULT_MODEL, DebugOption, DeviceOption, ThreadsOption, app, prepare_torch, report, say
+from synthseg.cli.base import (
+    DEFAULT_MODEL,
+    DebugOption,
+    DeviceOption,
+    ThreadsOption,
+    app,
+    prepare_torch,
+    report,
+    say,
+    within_memory,
+)
 from synthseg.errors import InputError, OutputError, SynthSegError
 
 if TYPE_CHECKING:
@@ -155,7 +165,7 @@ def segment(
     outcomes: list[Outcome] = []
     start = time.perf_counter()
     try:
-        with Console(stderr=True).status("starting") as status, _within_memory(torch_device):
+        with Console(stderr=True).status("starting") as status, within_memory(torch_device):
 
             def on_step(job: Job, step: str) -> None:
                 status.update(f"{number[id(job)].replace('[', '(').replace(']', ')')} {step}")
@@ -229,26 +239,6 @@ def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any]:
 
     torch_device = resolve_device(device)
     return load_model(model, torch_device), torch_device
-
-
-@contextmanager
-def _within_memory(device: Any) -> Iterator[None]:
-    """An allocation that does not fit into the machine or its container is refused, so that an error can say so."""
-    import torch
-
-    from synthseg.memory import limit_allocations
-
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
-        yield
-        return
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit_allocations(threads=2 * torch.get_num_threads() + 8)
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _write_report(

@@ -45,11 +45,11 @@ def synthesize_t1(
 
     def work(scan: Volume, loaded: FeatureModel, torch_device: Any, target: Path) -> None:
         from synthseg.representation import tasks
-        from synthseg.volume import Volume, save_image
+        from synthseg.volume import save_scan
 
         wanted = (loaded.voxel_size_mm,) * 3 if by_model else sizes
         data, grid = tasks.synthesize_t1(scan, loaded, torch_device, wanted)
-        save_image(target, Volume(data, grid.affine))
+        save_scan(target, data, scan, None if wanted is None else grid.affine)
 
-    pairs = plan_targets(inputs, output, ENDING)
-    run_images(pairs, [], "reconstruction", model, work, device, threads, overwrite, debug)
+    jobs = plan_targets(inputs, output, ENDING)
+    run_images(jobs, [], "reconstruction", model, work, device, threads, overwrite, debug)

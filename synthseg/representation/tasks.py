@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from synthseg.conforming import conform, crop, head_box
 from synthseg.errors import CheckpointError, InputError
-from synthseg.intensity import looks_like_hounsfield
+from synthseg.intensity import fill_as_air, finite, foreground, looks_like_hounsfield
 from synthseg.networks.task_heads import CHANNELS, DARK, result_of
 from synthseg.posteriors import Grid, centred_grid, scan_grid, spacing_grid
 from synthseg.representation import extraction
 from synthseg.volume import Volume, apply_separable, canonical, from_canonical, resampling_matrix
 
 FIELD_LIMITS = (0.1, 10.0)  # what a coil does; beyond it, a division would invent rather than correct
+NEGATIVE = 0.05  # of the contrast; with a background farther below zero, intensities are no product with a field
 
 
 class Model(extraction.Model, Protocol):
@@ -104,17 +105,31 @@ def super_resolve(volume: Volume, model: Model, device: torch.device | str = "cp
 def correct_bias(volume: Volume, model: Model, device: torch.device | str = "cpu") -> Corrected:
     """Divide a scan by the smooth field that its coils multiplied it with, found by the network.
 
-    The field, not the scan, is resampled. Raises InputError on a CT scan, which has no such field.
+    The field, not the scan, is resampled. Raises InputError on a CT scan, which has no such field, and on intensities
+    whose zero has been moved (standardised, for example): they are no product of image and field any more.
     """
     data = np.asarray(volume.data, dtype=np.float32)
-    if looks_like_hounsfield(torch.from_numpy(np.nan_to_num(np.ascontiguousarray(data)))):
-        raise InputError("its intensities are Hounsfield units; a CT scan has no bias field to correct")
+    _check_product(data)
     result = run_task(volume, model, "bias-field", device)
     seen = result.image > DARK
     level = result.values[seen].mean() if bool(seen.any()) else torch.zeros(())
     log_field, _ = on_grid((result.values - level)[0], result.affine, scan_grid(volume))
     field = np.clip(np.exp(log_field), *FIELD_LIMITS).astype(np.float32)
     return Corrected(data / field, field)
+
+
+def _check_product(data: np.ndarray) -> None:
+    """Refuse intensities (D, H, W) that no field can have multiplied."""
+    image = fill_as_air(finite(torch.from_numpy(np.ascontiguousarray(data))))
+    if looks_like_hounsfield(image):
+        raise InputError("its intensities are Hounsfield units; a CT scan has no bias field to correct")
+    floor, median = foreground(image)
+    if floor < -NEGATIVE * (median - floor) or median <= 0:
+        raise InputError(
+            f"its intensities begin at {floor:.4g}, and half of the head is below {median:.4g}: their zero has been "
+            "moved, by standardising for example, and a field multiplies what was measured; give the scan as it was "
+            "before that, or with a background of 0"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ grids
@@ -129,8 +144,8 @@ def on_grid(values: torch.Tensor, affine: np.ndarray, grid: Grid) -> tuple[np.nd
     like = Volume(np.broadcast_to(np.float32(0), grid.shape), grid.affine)
     target = canonical(like)
     spacing_in = np.linalg.norm(affine[:3, :3], axis=0)
-    directions = affine[:3, :3] / spacing_in
-    first_mm = directions.T @ (target.affine[:3, 3] - affine[:3, 3])
+    directions = affine[:3, :3] / spacing_in  # not perpendicular in a scan of a tilted gantry
+    first_mm = np.linalg.solve(directions, target.affine[:3, 3] - affine[:3, 3])
     matrices, inside = [], np.ones((1, 1, 1), dtype=bool)
     for axis, (n_in, n_out) in enumerate(zip(values.shape, target.data.shape, strict=True)):
         spacing_out = target.spacing_mm[axis]
