@@ -11,8 +11,11 @@ import yaml
 
 from synthseg.cli import run
 from synthseg.cli.train import load_recipe
+from synthseg.config import PretrainConfig, parse
 from synthseg.errors import ConfigError
 from synthseg.networks.checkpoint import read_tensors
+from synthseg.networks.feature_file import save_features
+from synthseg.networks.features import FeatureNetwork
 from synthseg.templates import load_template
 
 NAMES = "1 Skin\n2 Left-Grey\n3 Right-Grey\n4 White\n5 CSF\n6 Odd-Thing\n"
@@ -181,6 +184,23 @@ def test_from_takes_over_network_and_grid(model: Path, tmp_path: Path, capsys: p
     record = read_tensors(tmp_path / "run" / "last.safetensors")[1]
     assert record["config"]["network"]["channels"] == [4, 8, 8]
     assert record["earlier"][0]["steps"] == 2
+
+
+def test_init_from_pretrained_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "network": {"channels": [4, 8, 8]},
+        "generator": {"shape": [16, 24, 16], "voxel_size_mm": 10.0, "views": {"severities": [0, 1]}},
+    }
+    config = parse(PretrainConfig, record, "test")
+    save_features(tmp_path / "pretrained.safetensors", FeatureNetwork(config.network), config, {}, {})
+    maps = write_maps(tmp_path / "maps", 1)
+    (tmp_path / "names.txt").write_text(NAMES)
+    start = ["--from", str(tmp_path / "pretrained.safetensors")]
+    arguments = ["--templates", str(maps), "--labels", str(tmp_path / "names.txt")]
+    assert run(["init", str(tmp_path / "fine"), *arguments, *start]) == 0, capsys.readouterr().err
+    recipe = load_recipe(str(tmp_path / "fine" / "recipe.yaml"), [])
+    assert recipe.network.channels == (4, 8, 8)
+    assert (recipe.generator.voxel_size_mm, recipe.generator.shape) == (10.0, (16, 24, 16))
 
 
 def test_what_the_recipe_says_comes_before_the_model(model: Path, tmp_path: Path) -> None:

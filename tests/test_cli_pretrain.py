@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from synthseg.cli import run
+from synthseg.cli.runs import read_recipe
 from synthseg.config import GeneratorConfig, PretrainConfig, load_yaml, parse, preset_file, read_yaml
 from synthseg.networks.feature_file import load_features
 from synthseg.paths import data_dir
@@ -76,6 +77,23 @@ def test_it_refuses_before_it_writes(recipe: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+def test_the_state_of_a_run_is_no_network_to_start_from(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["pretrain", str(recipe), "-o", str(tmp_path / "run"), *QUIET]) == 0
+    capsys.readouterr()
+    state = str(tmp_path / "run" / "state.safetensors")
+    for command in (["--init", state], ["--set", f"init={state}"]):
+        assert run(["pretrain", str(recipe), "-o", str(tmp_path / "next"), *command, *QUIET]) == 2
+        assert "holds no network (it may be the state of a run)" in capsys.readouterr().err
+        assert not (tmp_path / "next").exists()
+
+
+def test_a_term_of_a_recipe_that_ships_can_be_changed() -> None:
+    term = read_recipe(PretrainConfig, "hard_negatives", ["contrast.0.beta=10", "contrast.0.loss=hucl"]).contrast[0]
+    assert (term.beta, term.loss, term.projection) == (10, "hucl", "ball")
+
+
 @pytest.mark.parametrize("name", ["brain_id", "voxel_contrast", "hard_negatives"])
 def test_the_recipes_that_ship_can_run(name: str) -> None:
     config = load_yaml(PretrainConfig, name)
@@ -95,5 +113,7 @@ def test_views_are_four_where_a_recipe_does_not_say() -> None:
     default = PretrainConfig().generator.views.severities
     assert default == [0.0, 0.0, 1.0, 1.0]
     assert parse(PretrainConfig, {"generator": {"subsamples": 2}}, "t").generator.views.severities == default
+    moved = parse(PretrainConfig, {"generator": {"views": {"perturbation_mm": 2.0}}}, "t").generator.views
+    assert (moved.severities, moved.perturbation_mm) == (default, 2.0)
     own = {"generator": {"views": {"severities": [1.0]}}}
     assert parse(PretrainConfig, own, "t").generator.views.severities == [1.0]

@@ -135,10 +135,19 @@ def test_overrides_are_yaml(assignment: str, path: list[str], value: Any) -> Non
     assert record["generator"]["subsamples"] == 2
 
 
-@pytest.mark.parametrize("assignment", ["steps", "=3", "steps.more=3", "steps=[", ""])
+@pytest.mark.parametrize(
+    "assignment", ["steps", "=3", "steps.more=3", "steps=[", "", "terms.loss=a", "terms.1.loss=a", "terms.-1=a"]
+)
 def test_wrong_overrides_are_errors(assignment: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
-        set_by_path({"steps": 3}, assignment)
+        set_by_path({"steps": 3, "terms": [{"loss": "b"}]}, assignment)
+
+
+def test_an_entry_of_a_list_can_be_overridden() -> None:
+    record: dict[str, Any] = {"terms": [{"loss": "a"}, {"loss": "b", "beta": 2}]}
+    set_by_path(record, "terms.1.beta=10")
+    set_by_path(record, "terms.0={loss: c}")
+    assert record == {"terms": [{"loss": "c"}, {"loss": "b", "beta": 10}]}
 
 
 def test_a_section_left_empty_can_be_overridden() -> None:

@@ -47,10 +47,12 @@ def init(
     if start and voxel_size:
         raise ConfigError(f"--from {start} brings its own voxel size; leave out --voxel-size")
     if start:
-        from synthseg.networks.checkpoint import model_path, read_tensors
+        from synthseg.networks.checkpoint import model_path, read_weights
 
         file = model_path(start)
         name = str(file.resolve()) if Path(start).is_file() else start
-        base = (name, parse(TrainConfig, read_tensors(file)[1]["config"], str(file)))
+        trained = read_weights(file)[1]["config"]
+        grid = {key: trained["generator"][key] for key in ("voxel_size_mm", "shape")}  # that of features has more
+        base = (name, parse(TrainConfig, {"network": trained["network"], "generator": grid}, str(file)))
     recipe = start_project(folder, templates, scheme, labels, classes, base, voxel_size, say)
     say(f"recipe: {recipe}; look at the first images with: synthseg train {recipe} --dry-run")

@@ -33,10 +33,10 @@ def read_recipe(model: type[R], recipe: str, settings: list[str], start: str | N
 def take_over(record: dict[str, Any], model: str) -> None:
     """Start from a model's weights: network, voxel size and patch are its own where the recipe does not name them."""
     from synthseg.errors import ConfigError
-    from synthseg.networks.checkpoint import model_path, read_tensors
+    from synthseg.networks.checkpoint import model_path, read_weights
 
     file = model_path(model)
-    trained = read_tensors(file)[1].get("config", {})
+    trained = read_weights(file)[1]["config"]
     record["init"] = str(file.resolve()) if Path(model).is_file() else model
     for section, keys in (("network", list(trained.get("network", {}))), ("generator", ["voxel_size_mm", "shape"])):
         own = record[section] = dict(record.get(section) or {})

@@ -98,22 +98,34 @@ def parse(model: type[S], record: Mapping[str, Any], where: str) -> S:
 
 
 def set_by_path(record: dict[str, Any], assignment: str) -> None:
-    """Apply one ``key.sub=value`` of the command line to a record; the value is YAML."""
+    """Apply one ``key.sub=value`` of the command line to a record; the value is YAML, ``key.0`` an entry of a list."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {assignment}: expected key=value, for example --set generator.voxel_size_mm=2")
-    node = record
+    node: Any = record
     *parents, last = key.split(".")
     for part in parents:
-        if node.get(part) is None:  # not there, or a section whose keys are all left out
+        if isinstance(node, list):
+            node = node[_place(node, part, assignment)]
+        elif node.get(part) is None:  # not there, or a section whose keys are all left out
             node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
+            node = node[part]
+        else:
+            node = node[part]
+        if not isinstance(node, (dict, list)):
             raise ConfigError(f"--set {assignment}: '{part}' is not a section")
     try:
-        node[last] = yaml.safe_load(text)
+        node[_place(node, last, assignment) if isinstance(node, list) else last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _place(entries: list[Any], part: str, assignment: str) -> int:
+    """Which entry of a list a part of a key means, as the 0 of ``contrast.0.beta``."""
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    numbers = f"0 to {len(entries) - 1}" if entries else "none, it is empty"
+    raise ConfigError(f"--set {assignment}: '{part}' is no entry of the list; its entries are {numbers}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

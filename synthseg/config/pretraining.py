@@ -94,8 +94,9 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _several_views(cls, record: Any) -> Any:
-        """A generator section that says nothing of views gets those that a recipe without the section has."""
+        """A generator section without severities of views gets those that a recipe without the section has."""
         generator = record.get("generator") if isinstance(record, dict) else None
-        if isinstance(generator, dict) and "views" not in generator:
-            return {**record, "generator": {**generator, "views": {"severities": SEVERITIES}}}
+        views = (generator.get("views") or {}) if isinstance(generator, dict) else None
+        if isinstance(views, dict) and "severities" not in views:
+            return {**record, "generator": {**generator, "views": {"severities": SEVERITIES, **views}}}
         return record

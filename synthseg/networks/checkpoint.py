@@ -84,6 +84,17 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {key: file.get_tensor(key) for key in file.keys()}, record  # noqa: SIM118
 
 
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and record of a network, for segmentation or of features. Raises CheckpointError on any other file."""
+    tensors, record = read_tensors(path)
+    if record.get("format") not in (FORMAT, FEATURE_FORMAT):
+        raise CheckpointError(
+            f"{path}: holds no network (it may be the state of a run); give a model of the run, as "
+            "best.safetensors, last.safetensors or pretrained.safetensors"
+        )
+    return tensors, record
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """An open safetensors file and its record. Whatever is wrong with it inside becomes a CheckpointError."""

@@ -120,15 +120,14 @@ def correct_bias(volume: Volume, model: Model, device: torch.device | str = "cpu
 
 def _check_product(data: np.ndarray) -> None:
     """Refuse intensities (D, H, W) that no field can have multiplied."""
-    image = fill_as_air(finite(torch.from_numpy(np.ascontiguousarray(data))))
-    if looks_like_hounsfield(image):
+    image = finite(torch.from_numpy(np.ascontiguousarray(data)))
+    if looks_like_hounsfield(fill_as_air(image)):
         raise InputError("its intensities are Hounsfield units; a CT scan has no bias field to correct")
     floor, median = foreground(image)
-    if floor < -NEGATIVE * (median - floor) or median <= 0:
+    if floor < -NEGATIVE * (median - floor):
         raise InputError(
-            f"its intensities begin at {floor:.4g}, and half of the head is below {median:.4g}: their zero has been "
-            "moved, by standardising for example, and a field multiplies what was measured; give the scan as it was "
-            "before that, or with a background of 0"
+            f"its intensities begin at {floor:.4g}: their zero has been moved (by standardising, for example), and a "
+            "bias field multiplies what was measured; give the scan as it was before, or add what makes its air 0"
         )
 
 

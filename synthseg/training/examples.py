@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,30 @@ def load_example(one: ImageConfig, scheme: str, task: TaskName) -> Example:
     return Example(name, image, labels, table, ras.spacing_mm, (d, h, w), t1, contrast)
 
 
-def load_examples(images: Sequence[ImageConfig], scheme: str, task: TaskName) -> list[Example]:
-    """The real images of a recipe, in its order."""
-    return [load_example(one, scheme, task) for one in images]
+def load_examples(
+    images: Sequence[ImageConfig], scheme: str, task: TaskName, taken: Collection[str] = ()
+) -> list[Example]:
+    """The real images of a recipe, in its order.
+
+    No two have one name, and none a name that is ``taken``: where files have, their folder stands in front.
+    """
+    names = distinct_names([Path(one.image) for one in images], taken)
+    return [replace(load_example(one, scheme, task), name=name) for one, name in zip(images, names, strict=True)]
+
+
+def distinct_names(files: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
+    """A name for each file: its stem, or with as many folders in front, ``a/t1``, as tell it from all others."""
+    paths = [file.absolute() for file in files]  # not what a link points at, whose name may be a checksum
+    parts = [(*path.parent.parts[1:], image_stem(path)) for path in paths]
+    most = max(map(len, parts), default=1)
+    names = [image_stem(path) for path in paths]
+    for depth in range(2, most + 1):
+        count = Counter(names)
+        names = [
+            "/".join(part[-depth:]) if count[name] > 1 or name in taken else name
+            for name, part in zip(names, parts, strict=True)
+        ]
+    return names
 
 
 def head_mask(image: torch.Tensor) -> torch.Tensor:
@@ -156,8 +178,8 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
 
     Three arrangements are known: ``x_image.nii.gz`` beside ``x_label.nii.gz``, as ``synthseg generate`` writes them;
     ``x.nii.gz`` beside ``x_seg.nii.gz`` (or another of LABEL_ENDINGS; T1_ENDINGS for a T1); and two folders,
-    ``images*`` and ``labels*`` (``t1*``), with the same names, an nnU-Net ``_0000`` apart. Raises ConfigError where a
-    partner is missing.
+    ``images*`` and ``labels*`` (``t1*``), with the same names, an nnU-Net ``_0000`` apart. ``x_T1w.nii.gz`` is a scan
+    of its own unless the task asks for a T1, or ``x.nii.gz`` is there. Raises ConfigError where a partner is missing.
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; give a folder of images and label maps")
@@ -165,9 +187,8 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
     endings = {"labels": LABEL_ENDINGS, "t1": T1_ENDINGS}.get(partner, ())
     inside = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name.lower().startswith("images")]
     files = [file for place in inside or [folder] for file in _images_in(place)]
-    others = {
-        stem: file for file in files for stem in [image_stem(file)] if stem.endswith((*LABEL_ENDINGS, *T1_ENDINGS))
-    }
+    by_stem = {image_stem(file): file for file in files}
+    others = {stem: file for stem, file in by_stem.items() if _is_partner(stem, by_stem, task)}
     scans = [file for file in files if image_stem(file) not in others]
     if not scans:
         raise ConfigError(f"--images {folder}: holds no images (NIfTI or MGH), in itself or in images*/")
@@ -181,7 +202,8 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
             short = stem[:-5] if stem[-5:-4] == "_" and stem[-4:].isdigit() else stem
             match = next((named[key] for key in (stem, short, *(short + e for e in endings)) if key in named), None)
         elif partner:
-            match = next((others[stem + ending] for ending in endings if stem + ending in others), None)
+            stems = [stem, *(stem.removesuffix(ending) for ending in T1_ENDINGS if stem.endswith(ending))]
+            match = next((others[s + ending] for s in stems for ending in endings if s + ending in others), None)
         if partner and match is None:
             what = "label map" if partner == "labels" else "T1"
             where = f"{partner}*/{stem}.nii.gz" if inside else f"{stem}{endings[0]}.nii.gz"
@@ -189,6 +211,14 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
         extra = {partner: str(match)} if match is not None else {}
         found.append(ImageConfig(image=str(scan), scheme=scheme, **extra))
     return tuple(found)
+
+
+def _is_partner(stem: str, stems: Collection[str], task: TaskName) -> bool:
+    """Whether an image of this name is a label map, or the T1 scan that goes with another image."""
+    if stem.endswith(LABEL_ENDINGS):
+        return True
+    own = next((stem.removesuffix(ending) for ending in T1_ENDINGS if stem.endswith(ending)), None)
+    return own is not None and (task == "reconstruction" or own in stems or f"{own}_image" in stems)
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from synthseg.generator.draw import Draw
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.labels import LabelTable
 from synthseg.networks.backbone import SegmentationNetwork, load_weights, transfer, weights_of, with_classes
-from synthseg.networks.checkpoint import model_path, read_tensors, save_model
+from synthseg.networks.checkpoint import model_path, read_weights, save_model
 from synthseg.networks.feature_file import as_feature_weights, save_features
 from synthseg.networks.features import LAST, FeatureNetwork, segmentation_weights
 from synthseg.templates import Template
@@ -89,7 +89,8 @@ def check(config: FinetuneConfig, world: int = 1) -> None:
         raise ConfigError("few_shot counts images of templates or real ones; give templates or images, not both")
     if config.images and config.few_shot > len(config.images):
         raise ConfigError(f"few_shot is {config.few_shot}, but there are {len(config.images)} images")
-    both = {one.image for one in config.images} & {one.image for one in config.validation_images}
+    learned = {Path(one.image).resolve() for one in config.images}
+    both = {one.image for one in config.validation_images if Path(one.image).resolve() in learned}
     if both:
         raise ConfigError(f"validation_images: {sorted(both)} are also trained on; a held-out figure needs others")
     wrong = sorted(c for c in {*config.validation_contrasts} - set(named_contrasts()) if not c.startswith("random"))
@@ -117,7 +118,7 @@ class PairStream(Stream[PairBatch]):
         self.config = config
         self.task = task
         self.templates = list(templates)
-        self.examples = list(examples)[: config.few_shot or None]
+        self.examples = list(examples)
         self.first = first
         self.rank = rank
         self.world = world
@@ -179,17 +180,18 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         config = self.config
         self.task = make_task(config, self.target)
         self.task.settings(config.generator)
-        self.examples = load_examples(config.images, config.scheme, config.task)
-        self.held_out_examples = load_examples(config.validation_images, config.scheme, config.task)
+        few = config.images[: config.few_shot or None]
+        self.examples = load_examples(few, config.scheme, config.task)
+        contrasts = config.validation_contrasts if self.held_out else ()
+        self.held_out_examples = load_examples(config.validation_images, config.scheme, config.task, contrasts)
         if config.task == "segmentation":
-            tables = {t.name: t.table for t in (*self.templates, *self.held_out)}
-            tables |= {e.name: e.table for e in (*self.examples, *self.held_out_examples) if e.table is not None}
-            for table in tables.values():
+            sources = (*self.templates, *self.held_out, *self.examples, *self.held_out_examples)
+            for table in (source.table for source in sources if source.table is not None):
                 table.groups(self.target)  # or a LabelError, before anything is drawn
         self.heads: dict[str, dict[str, Any]] = {}
         self.channels: dict[str, int] = {}
         if config.init and config.frozen:  # what other heads say stays true while the features do not change
-            weights, record = read_tensors(model_path(config.init))
+            weights, record = read_weights(model_path(config.init))
             named, heads = as_feature_weights(weights, record)
             self.heads = {name: head for name, head in heads.items() if head["task"] != config.task}
             cells = config.network.subpixel**3

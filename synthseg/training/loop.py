@@ -85,7 +85,7 @@ class Trainer(Run[TrainConfig, Batch]):
                 f"init: of the weights of {self.config.init} only {1 - new:.0%} fit the recipe's network; use its "
                 "architecture, channels and subpixel (and 'grow: true' for one finer level), or train without init"
             )
-        self.start = f"{1 - new:.0%} of the weights from {self.config.init}"
+        self.say_start(new)
 
     def save_model(self, name: str) -> Path:
         """Write the averaged weights as a model for inference."""

@@ -110,13 +110,13 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
         if labels is None or [label["id"] for label in labels["labels"]] != self.target.ids.tolist():
             given = {name: tensor for name, tensor in given.items() if not name.startswith(f"heads.{SEGMENTATION}.")}
         _, fresh = transfer(self.plain.features, given)
-        new = self.share_of_new([f"features.{name}" for name in fresh])
+        new = self.share_of_new(fresh, self.plain.features)
         if new > 0.5:
             raise ConfigError(
                 f"init: of the weights of {self.config.init} only {1 - new:.0%} fit the recipe's network; use its "
                 "architecture, channels and subpixel, or pretrain without init"
             )
-        self.start = f"{1 - new:.0%} of the weights from {self.config.init}"
+        self.say_start(new)
 
     def stream(self, rank: int = 0, world: int = 1) -> ViewStream:
         return ViewStream(self.config, self.templates, self.target, self.state.step, rank, world)
@@ -230,7 +230,7 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
             groups = [self._of_all_devices(by_view(embeddings, sampled), join(sampled))]
         values = []
         for own, voxels in groups:
-            positives, weights = pair_masks(voxels, kind_of(term.loss))
+            positives, weights = pair_masks(voxels, kind_of(term.loss), self.target.flip)
             labels = voxels.label.flatten()
             loss: Any = LOSSES[term.loss]
             if term.loss == "equiangular":  # a vector for each structure; background is never compared

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ from synthseg.generator.contrast import named_contrasts
 from synthseg.generator.draw import Record
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import load_weights, weights_of
-from synthseg.networks.checkpoint import model_path, read_tensors
+from synthseg.networks.checkpoint import model_path, read_weights
 from synthseg.templates import expand, load_template
 from synthseg.training.guards import deterministic, follow
 from synthseg.training.journal import Journal
@@ -127,7 +128,7 @@ class Run(ABC, Generic[C, B]):
         self.plain = self.make_network()
         self.start = "random weights"
         if config.init and not resume:
-            weights, record = read_tensors(model_path(config.init))
+            weights, record = read_weights(model_path(config.init))
             self.state.earlier = [*record.get("earlier", []), history_of(record)]
             self._check_held_out()
             self.start_from(weights, record)
@@ -187,10 +188,14 @@ class Run(ABC, Generic[C, B]):
                 f"validation_templates: {self.config.init} was trained on {sorted(seen)}; hold out others"
             )
 
-    def share_of_new(self, fresh: list[str]) -> float:
-        """The share of the weights of ``plain`` that these names hold: those that start anew."""
-        own = weights_of(self.plain)
+    def share_of_new(self, fresh: list[str], network: nn.Module | None = None) -> float:
+        """The share of the weights of a network (default ``plain``) that these names hold: those that start anew."""
+        own = weights_of(network or self.plain)
         return sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
+
+    def say_start(self, new: float) -> None:
+        """Say in ``start`` how much was taken over; 100 % is said of nothing less."""
+        self.start = f"{math.floor(100 * (1 - new))}% of the weights from {self.config.init}"
 
     # -- state -------------------------------------------------------------------------------------------------------
     def save_state(self) -> None:

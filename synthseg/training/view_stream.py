@@ -26,7 +26,8 @@ class ViewBatch:
     groups : for each anatomy bool (G, C), the classes that each of its groups stands for.
     canonical : (A, 1, D, H, W) in [0, 1], the T1 image of each anatomy; (N, 1, D, H, W) if views are displaced; None if
         not wanted.
-    head : (A, D, H, W) or (N, D, H, W) bool, where there is a head, shown or not; None like ``canonical``.
+    shown : (N, D, H, W) bool, all but what a stripped or cropped image does not show of the head; None like
+        ``canonical``.
     displacement_mm : (N, 3, D, H, W); position p of a view is ``p + displacement_mm(p)`` of the first; None: all 0.
     plans : of the N images.
     """
@@ -35,7 +36,7 @@ class ViewBatch:
     labels: torch.Tensor
     groups: list[torch.Tensor]
     canonical: torch.Tensor | None
-    head: torch.Tensor | None
+    shown: torch.Tensor | None
     displacement_mm: torch.Tensor | None
     plans: list[Plan]
 
@@ -56,20 +57,19 @@ class ViewBatch:
             labels=self.labels.to(device),
             groups=[group.to(device) for group in self.groups],
             canonical=move(self.canonical),
-            head=move(self.head),
+            shown=move(self.shown),
             displacement_mm=move(self.displacement_mm),
         )
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each image the canonical one as it shows the anatomy, (N, 1, D, H, W), and where it shows it, bool.
+        """For each image the canonical one as it shows the anatomy, and where it shows it, bool; (N, 1, D, H, W) each.
 
         Nothing is known of what a stripped or cropped image does not show, and nothing is asked of it there.
         """
         assert self.canonical is not None
-        assert self.head is not None
+        assert self.shown is not None
         times = len(self.images) // len(self.canonical)
-        head = self.head.repeat_interleave(times, 0)[:, None]
-        return self.canonical.repeat_interleave(times, 0), (self.labels[:, None] != 0) | ~head
+        return self.canonical.repeat_interleave(times, 0), self.shown[:, None]
 
 
 class ViewStream(Stream[ViewBatch]):
@@ -104,7 +104,7 @@ class ViewStream(Stream[ViewBatch]):
     def anatomies(self, chosen: list[tuple[int, int]], seed: int) -> ViewBatch:
         """Views of samples: (which template, sample index) for each."""
         config = self.config
-        images, labels, canonical, heads, moved = [], [], [], [], []
+        images, labels, canonical, shown, moved = [], [], [], [], []
         plans: list[Plan] = []
         for which, index in chosen:
             template = self.templates[which]
@@ -115,17 +115,20 @@ class ViewStream(Stream[ViewBatch]):
             if config.generator.views.perturbation_mm > 0:
                 moved.append(views.displacement_mm)
             if config.anatomy_weight > 0:
-                for plan in own if config.generator.views.perturbation_mm > 0 else own[:1]:
-                    image, whole = canonical_and_labels(template, plan)
-                    canonical.append(image)
-                    heads.append(whole > 0)
+                pairs = [
+                    canonical_and_labels(template, plan)
+                    for plan in (own if config.generator.views.perturbation_mm > 0 else own[:1])
+                ]
+                canonical += [image for image, _ in pairs]
+                wholes = torch.stack([whole for _, whole in pairs])
+                shown.append((views.labels > 0) | (wholes == 0))  # of the template's labels: whatever the classes
             plans += own
         return ViewBatch(
             images=torch.cat(images),
             labels=torch.cat(labels),
             groups=[self.tables[which][1] for which, _ in chosen],
             canonical=torch.stack(canonical) if canonical else None,
-            head=torch.stack(heads) if heads else None,
+            shown=torch.cat(shown) if shown else None,
             displacement_mm=torch.cat(moved) if moved else None,
             plans=plans,
         )

@@ -142,6 +142,78 @@ def test_a_ct_has_no_bias_field() -> None:
         tasks.correct_bias(Volume(hounsfield, scan.affine), EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST]))
 
 
+@pytest.mark.parametrize(("fill", "noise"), [(1024.0, 0.0), (-3024.0, 20.0)])
+def test_a_ct_is_known_by_its_head_not_by_its_fill(fill: float, noise: float) -> None:
+    """Corners beyond the scanner's circle hold a value of their own."""
+    rng, scan = np.random.default_rng(0), head_scan()
+    data = np.where(scan.data > 0, rng.normal(40, 60, scan.data.shape), rng.normal(-1000, noise + 9, scan.data.shape))
+    x, y, _ = np.indices(data.shape)
+    data[(x - 31.5) ** 2 / 31**2 + (y - 24.5) ** 2 / 24**2 > 1] = fill
+    with pytest.raises(InputError, match="CT scan"):
+        tasks.correct_bias(Volume(data, scan.affine), EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST]))
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_standardised_intensities_are_refused(stripped: bool) -> None:
+    """A field multiplied what was measured; less a mean it is no product any more."""
+    scan = head_scan(log_field=0.4)
+    inside = scan.data > 0 if stripped else np.ones(scan.data.shape, dtype=bool)
+    values = (scan.data - scan.data[inside].mean()) / scan.data[inside].std()
+    standardised = Volume(np.where(inside, values, 0).astype(np.float32), scan.affine)
+    with pytest.raises(InputError, match="their zero has been moved"):
+        tasks.correct_bias(standardised, EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST]))
+
+
+def test_a_little_below_zero_is_noise() -> None:
+    scan = head_scan(log_field=0.4)
+    noise = np.random.default_rng(0).normal(0, 4, scan.data.shape).astype(np.float32)
+    model = EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST])
+    clean = tasks.correct_bias(scan, model).field
+    noisy = tasks.correct_bias(Volume(scan.data + noise, scan.affine), model).field
+    assert np.abs(noisy - clean)[scan.data > 0].max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "<u2", "<f8"])
+def test_any_type_of_number_is_corrected_alike(dtype: str) -> None:
+    scan = head_scan(log_field=0.4)
+    model = EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST])
+    whole = np.rint(scan.data / 8)
+    expected = tasks.correct_bias(Volume(whole.astype(np.float32), scan.affine), model)
+    found = tasks.correct_bias(Volume(whole.astype(dtype), scan.affine), model)
+    assert np.array_equal(found.data, expected.data)
+    assert found.data.dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 2), (20, 20, 1), (1, 20, 24)])
+def test_scans_of_a_few_voxels_keep_their_grid(shape: tuple[int, int, int]) -> None:
+    data = np.random.default_rng(0).uniform(1, 5, shape).astype(np.float32)
+    scan = Volume(data, np.diag([-2.0, 2.0, -5.0, 1.0]))
+    found = tasks.correct_bias(scan, EchoModel("bias-field", [(0.0, 0.0), (0.0, 1.0), *REST], subpixel=2))
+    assert found.data.shape == shape
+    assert np.isfinite(found.field).all()
+    t1, _ = tasks.synthesize_t1(scan, EchoModel("reconstruction", [(1.0, 0.0)], subpixel=2))
+    assert t1.shape == shape
+    assert np.isfinite(tasks.super_resolve(scan, EchoModel("super-resolution", [(0.0, 0.1)] * 5)).data).all()
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.3])
+def test_a_t1_lies_on_an_oblique_or_sheared_scan(tilt: float) -> None:
+    """Turned by 20 degrees, and with the slices of a tilted gantry, in a field of view much wider than the head."""
+    scan = head_scan("PIL")
+    wide = np.pad(scan.data, ((0, 0), (25, 0), (0, 20)))
+    c, s = np.cos(np.radians(20)), np.sin(np.radians(20))
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]]) @ np.array([[1, 0, 0], [0, 1, tilt], [0, 0, 1.0]])
+    affine = scan.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ [0, 25, 0]
+    affine[:3] = turn @ affine[:3]
+    data, grid = tasks.synthesize_t1(Volume(wide, affine), EchoModel("reconstruction", [(1.0, 0.0)], 2))
+    assert np.allclose(grid.affine, affine)
+    both = np.corrcoef(data.ravel(), wide.ravel())[0, 1]
+    moved = [np.corrcoef(np.roll(data, step, axis).ravel(), wide.ravel())[0, 1] for axis in range(3) for step in (1, -1)]
+    assert both > 0.98
+    assert max(moved) < both - 0.01
+
+
 def test_a_sharper_image_is_on_the_grid_of_the_network() -> None:
     scan = head_scan("PIL")
     found = tasks.super_resolve(scan, EchoModel("super-resolution", [(0.0, 0.0)] * 5, subpixel=2))

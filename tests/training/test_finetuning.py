@@ -260,6 +260,30 @@ def test_real_images_are_learned_from_and_measured_on(images: list[dict[str, str
     assert load_model(tmp_path / "run" / "segmentation.safetensors").labels == SIAM
 
 
+def test_held_out_images_of_one_name_are_all_measured(
+    images: list[dict[str, str]], make: Make, template_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The file name may be that of another, or of a contrast."""
+    renamed = []
+    for folder, one in zip(("p", "q"), images, strict=True):
+        (tmp_path / folder).mkdir()
+        record = {"image": tmp_path / folder / "t1.nii.gz", "labels": tmp_path / folder / "t1_seg.nii.gz"}
+        for kind, path in record.items():
+            path.write_bytes(Path(one[kind]).read_bytes())
+        renamed.append({kind: str(path) for kind, path in record.items()})
+    held_out = {"validation_templates": [str(template_folders["other"])], "validation_contrasts": ["t1"]}
+    run = Finetuner(make(task="segmentation", validation_images=renamed, **held_out), tmp_path / "run")
+    run.validate()
+    assert set(run.state.validation["figures"]) == {"t1", "p/t1", "q/t1"}
+
+
+def test_few_real_images_are_the_first(images: list[dict[str, str]], make: Make, tmp_path: Path) -> None:
+    run = Finetuner(make(task="segmentation", templates=[], images=images, few_shot=1), tmp_path / "run")
+    stream = run.stream()
+    assert {stream.sample(index)[1].image for index in range(6)} == {"a_image"}
+    assert run.manifest()["images"] == ["a_image"]
+
+
 def test_real_images_as_they_are(images: list[dict[str, str]], make: Make, tmp_path: Path) -> None:
     run = Finetuner(make(task="segmentation", templates=[], images=images, augment=False), tmp_path / "run")
     stream = run.stream()
@@ -270,12 +294,14 @@ def test_real_images_as_they_are(images: list[dict[str, str]], make: Make, tmp_p
 def test_what_cannot_run_is_refused_before_anything_is_written(
     images: list[dict[str, str]], make: Make, template_folders: dict[str, Path], features: Path, tmp_path: Path
 ) -> None:
+    elsewhere = images[0] | {"image": str(tmp_path / ".." / tmp_path.name / "a_image.nii.gz")}
     refused: list[tuple[dict[str, Any], str]] = [
         ({"templates": []}, "nothing to learn from"),
         ({"init": None}, "frozen features need a trained network"),
         ({"few_shot": 1, "images": images}, "not both"),
         ({"few_shot": 3, "images": images, "templates": []}, "few_shot is 3, but there are 2 images"),
         ({"images": images, "validation_images": images[:1]}, "also trained on"),
+        ({"images": images, "validation_images": [elsewhere]}, "also trained on"),
         ({"validation_contrasts": ["t9"]}, "no contrast"),
         ({"network": {"architecture": "unet", "channels": [8, 16, 32]}}, "dynunet"),
     ]

@@ -210,8 +210,18 @@ def test_pretraining_starts_from_a_segmentation(make: Make, make_config: Any, tm
     assert torch.equal(new[name], old[name].float())
     other = Pretrainer(make(init=str(model), segmentation_weight=1.0, scheme="head"), tmp_path / "c")
     assert len(weights_of(other.plain.features)["heads.segmentation.weight"]) == 8 * len(load_scheme("head"))
-    with pytest.raises(ConfigError, match="of the weights"):
-        Pretrainer(make(init=str(model), network__channels=[12, 14, 16]), tmp_path / "d")
+    for width in (12, 512):  # large projections, which are always new, do not make up for a body that does not fit
+        term = {**TERM, "hidden": width}
+        with pytest.raises(ConfigError, match="of the weights"):
+            Pretrainer(make(init=str(model), network__channels=[12, 14, 16], contrast=term), tmp_path / "d")
+
+
+def test_what_was_taken_over_is_not_rounded_up(make: Make, tmp_path: Path) -> None:
+    run = Pretrainer(make(), tmp_path)
+    run.say_start(0.004)
+    assert run.start.startswith("99% of the weights")
+    run.say_start(0.0)
+    assert run.start.startswith("100% of the weights")
 
 
 def test_the_picture_of_the_first_batch(make: Make, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from synthseg.config import GeneratorConfig, ImageConfig
 from synthseg.config.artefacts import ArtefactConfig
 from synthseg.errors import ConfigError, LabelError
-from synthseg.training.examples import find_images, head_mask, load_example
+from synthseg.training.examples import distinct_names, find_images, head_mask, load_example
 from synthseg.training.scenes import STRAIGHT, ImagePlan, image_plan, moved, scan
 from synthseg.training.tasks import without_artefacts
 
@@ -170,14 +170,37 @@ def test_what_does_not_belong_together_is_refused(pair: ImageConfig, tmp_path: P
             ["labelsTr/x.nii.gz", "labelsTr/y.nii.gz"],
         ),
         (["images/x.nii.gz", "labels/x_seg.nii.gz"], ["labels/x_seg.nii.gz"]),
+        (["a_T1w.nii.gz", "a_T1w_seg.nii.gz"], ["a_T1w_seg.nii.gz"]),
+        (["sub-1_T1w.nii.gz", "sub-1_dseg.nii.gz"], ["sub-1_dseg.nii.gz"]),
+        (["a.nii.gz", "a_seg.nii.gz", "a_t1.nii.gz"], ["a_seg.nii.gz"]),  # the T1 of the same head
     ],
 )
 def test_images_of_a_folder_find_their_partners(files: list[str], pairs: list[str], tmp_path: Path) -> None:
     for name in files:
         write(tmp_path / name, np.zeros((2, 2, 2), dtype=np.int16))
     found = find_images(tmp_path, "segmentation")
+    assert len(find_images(tmp_path, "bias-field")) == len(pairs)
     assert [str(Path(one.labels).relative_to(tmp_path)) for one in found] == pairs
     assert all("label" not in Path(one.image).stem for one in found)
+
+
+def test_a_t1_is_found_beside_its_image(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "a_t1.nii.gz", "b_flair_image.nii.gz", "b_flair_T1w.nii.gz", "b_flair_label.nii.gz"):
+        write(tmp_path / name, np.zeros((2, 2, 2), dtype=np.int16))
+    found = find_images(tmp_path, "reconstruction")
+    assert [(Path(one.image).name, Path(one.t1).name) for one in found] == [
+        ("a.nii.gz", "a_t1.nii.gz"),
+        ("b_flair_image.nii.gz", "b_flair_T1w.nii.gz"),
+    ]
+
+
+def test_images_of_one_file_name_are_told_apart() -> None:
+    files = [Path("/data/sub-1/t1.nii.gz"), Path("/data/sub-2/t1.nii.gz"), Path("/data/other.mgz")]
+    assert distinct_names(files) == ["sub-1/t1", "sub-2/t1", "other"]
+    assert distinct_names(files[:1], ("t1", "t2")) == ["sub-1/t1"]
+    deep = [Path(f"/{site}/sub-1/t1.nii.gz") for site in ("a", "b")]
+    assert distinct_names(deep) == ["a/sub-1/t1", "b/sub-1/t1"]
+    assert distinct_names([files[0], files[0]]) == ["data/sub-1/t1"] * 2
 
 
 def test_a_missing_partner_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Batches of views: the same for any number of devices, and what is asked of each image."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from synthseg.config import PretrainConfig, parse
 from synthseg.generator.synthesis import read_anatomy
-from synthseg.labels import load_scheme
+from synthseg.labels import LabelTable, load_scheme
 from synthseg.templates import Template, load_template
 from synthseg.training.canonical import canonical_image
 from synthseg.training.view_pictures import colours
@@ -81,6 +82,24 @@ def test_nothing_is_asked_where_an_image_shows_nothing(template_folders: dict[st
     assert bool(whole.targets()[1].all())
 
 
+def test_what_has_no_class_is_asked_for_as_well(template_folders: dict[str, Path]) -> None:
+    """A scheme of the brain alone: skull and skin are background to it, and are in the T1 image all the same."""
+    siam = load_scheme("siam16")
+    config, templates = make(template_folders["head"], artefacts={"strip_probability": 0.0, "crop_probability": 0.0})
+    brain = LabelTable("brain", (siam.labels[0], replace(siam.labels[1], name="Brain")))
+    head = templates[0].table
+    named = {"WM", "GM"}
+    labels = tuple(
+        replace(x, to={**x.to, "brain": (brain.labels[1].id if siam.names[k] in named else 0,)})
+        for x, k in zip(head.labels, head.mapping(siam), strict=True)
+    )
+    template = replace(templates[0], table=replace(head, labels=labels))
+    batch = ViewStream(config, [template], brain).batch(0)
+    whole = read_anatomy(template, batch.plans[0])[1] > 0
+    assert int((whole & (batch.labels[0] == 0)).sum()) > 50
+    assert bool(batch.targets()[1].all())
+
+
 def test_the_target_of_a_displaced_image_is_displaced(template_folders: dict[str, Path]) -> None:
     views = {"severities": [0.0, 1.0], "perturbation_mm": 2.5}
     batch = stream(
@@ -102,7 +121,7 @@ def test_a_recipe_without_an_anatomy_term_draws_no_target(template_folders: dict
     batch = ViewStream(config, templates, load_scheme("siam16")).batch(0)
     assert isinstance(batch, ViewBatch)
     assert batch.canonical is None
-    assert batch.head is None
+    assert batch.shown is None
 
 
 def test_colours_are_those_of_the_strongest_components() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -155,12 +156,16 @@ def join(parts: Sequence[Voxels]) -> Voxels:
     return Voxels(**{name: torch.cat([p[name] for p in moved], 1) for name in moved[0]}, config=parts[0].config)
 
 
-def pair_masks(voxels: Voxels, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_masks(
+    voxels: Voxels, kind: Kind, partners: Sequence[int] | np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Positives and weights of the negatives, both bool (V * M, V * M), in the order of ``Voxels.gather``.
 
     points : the other views of a point are positives, other points are negatives, except those that may be the same
         thing: nearer than ``config.exclusion_mm``; of the same structure on the other side of the head
         (``config.exclude_mirrored``); of the same structure in another head.
+        ``partners`` (C,): for each label that of the same structure on the other side, itself where there is none
+        (`LabelTable.flip`). Labels with sides are then one structure as well.
     labels : voxels of the same label are positives, those of other labels negatives, however near. Those of an
         `UNKNOWN` label are neither.
     """
@@ -178,8 +183,13 @@ def pair_masks(voxels: Voxels, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
     apart = _distances(flat["position_mm"]) >= max(config.exclusion_mm, SAME_MM)
     alike |= (label == UNKNOWN)[:, None] | (label == UNKNOWN)
     if config.exclude_mirrored:
-        mirrored = flat["side"][:, None] * flat["side"] < 0
-        other = torch.where(same_head, apart & ~(alike & mirrored), ~alike)
+        mirrored = alike & (flat["side"][:, None] * flat["side"] < 0)
+        if partners is not None:
+            other_side = torch.arange(UNKNOWN + 1, device=label.device)
+            other_side[: len(partners)] = torch.as_tensor(partners, device=label.device)
+            paired = (other_side[label.long()][:, None] == label) & ~alike
+            mirrored, alike = mirrored | paired, alike | paired
+        other = torch.where(same_head, apart & ~mirrored, ~alike)
     else:
         other = torch.where(same_head, apart, ~alike)
     return same_point.clone().fill_diagonal_(False), other & ~same_point

@@ -1,6 +1,7 @@
 """Which voxels are compared: the same anatomy in every view, rare structures, borders, and no false negatives."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from synthseg.training.contrastive import sample_voxels as sample
 from synthseg.training.stream import group_table
 
 SHAPE, SIZE_MM = (16, 24, 20), 2.0
+LIKE: list[set[int]] = [{2, 3}, {2, 4}, {3, 4}]
 
 
 def config(**changes: Any) -> SamplingConfig:
@@ -245,6 +247,20 @@ def test_false_negatives_of_points_are_left_out() -> None:
     assert pairs(pair_masks(voxels(exclusion_mm=0.0), "points")[1]) == every - sides
     assert pairs(pair_masks(voxels(exclusion_mm=3.5), "points")[1]) == every - sides - {(0, 1)}
     assert pairs(pair_masks(voxels(exclusion_mm=1000.0), "points")[1]) == set()
+
+
+def test_labels_with_sides_are_one_structure() -> None:
+    """A left and a right class: 3 and 4 are partners. On the two sides of one head, and in another head."""
+    own = voxels(exclusion_mm=0.0)
+    own = replace(own, label=torch.tensor([1, 2, 3, 4, 3]).expand(2, 5))
+    partners = [0, 1, 2, 4, 3]
+    every = {(i, j) for i in range(5) for j in range(i + 1, 5)}
+    assert pairs(pair_masks(own, "points")[1]) == every - {(2, 4)}  # the sides are two things to it
+    assert pairs(pair_masks(own, "points", partners)[1]) == every - {(2, 4), (2, 3), (3, 4)}
+    every_side = replace(own, config=config(exclusion_mm=0.0, exclude_mirrored=False))
+    assert pairs(pair_masks(every_side, "points", partners)[1]) == every
+    weights = pair_masks(join([own, own]), "points", partners)[1].unflatten(1, (2, 10))[:10, 0]
+    assert weights[:5, 5:].tolist() == [[i != j and {i, j} not in LIKE for j in range(5)] for i in range(5)]
 
 
 def test_labels_as_positives() -> None:
