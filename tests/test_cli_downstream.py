@@ -75,6 +75,33 @@ def test_a_t1_is_written_on_the_grid_of_the_scan(scan: Path, models: dict[str, P
     assert coarse.header.get_zooms() == pytest.approx((4.0, 4.0, 4.0))
 
 
+def test_a_t1_says_where_it_lies_as_its_scan_does(models: dict[str, Path], scan: Path, tmp_path: Path) -> None:
+    """Codes of qform and sform, such as that of a template space, are kept on any grid."""
+    image = nib.load(scan)
+    for setter, code in ((image.set_qform, 1), (image.set_sform, 4)):
+        setter(image.affine, code)
+    nib.save(image, tmp_path / "mni.nii.gz")
+    for more in ([], ["--spacing", "6"]):
+        arguments = ["synthesize-t1", str(tmp_path / "mni.nii.gz"), "-o", str(tmp_path / "out.nii.gz"), "--overwrite"]
+        assert run([*arguments, "--model", str(models["reconstruction"]), "--device", "cpu", *more]) == 0
+        made = nib.load(tmp_path / "out.nii.gz")
+        assert (int(made.header["qform_code"]), int(made.header["sform_code"])) == (1, 4)
+        assert made.get_data_dtype() == np.float32
+        np.testing.assert_allclose(made.get_qform(), made.get_sform(), atol=1e-3)
+
+
+def test_what_a_folder_holds_beside_scans_leaves_them_alone(
+    models: dict[str, Path], scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.nii.gz").write_bytes(scan.read_bytes())
+    (tmp_path / "in" / "a.nii.gz").write_bytes(b"")
+    arguments = ["correct-bias", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert run([*arguments, "--model", str(models["bias-field"])]) == 1
+    assert "a.nii.gz: the file is empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b_unbiased.nii.gz"]
+
+
 def test_a_corrected_scan_and_its_field_make_the_scan(scan: Path, models: dict[str, Path], tmp_path: Path) -> None:
     out, field = tmp_path / "even.nii.gz", tmp_path / "field.nii.gz"
     arguments = ["correct-bias", str(scan), "-o", str(out), "--field", str(field), "--device", "cpu"]
@@ -98,6 +125,20 @@ def test_what_cannot_be_done_is_said_in_one_line(
         (["synthesize-t1", str(scan), "-o", out, "--model", "siam16", "--spacing", "0"], "--spacing 0"),
         (["correct-bias", str(scan), str(scan), "-o", out, "--model", "siam16"], "expected a folder"),
         (["correct-bias", str(scan), str(scan), "-o", str(tmp_path), "--field", out], "leave out --field"),
+        (
+            [
+                "correct-bias",
+                str(scan),
+                "-o",
+                out,
+                "--field",
+                str(tmp_path / "f.txt"),
+                "--model",
+                str(models["bias-field"]),
+            ],
+            "f.txt: not an image name",
+        ),
+        (["correct-bias", str(scan), "-o", out, "--field", out, "--model", "siam16"], "also the file of the corrected"),
         (["synthesize-t1", str(tmp_path / "none.nii.gz"), "-o", out, "--model", "siam16"], "none.nii.gz"),
         (["finetune", "--task", "magic"], "there is no task 'magic'"),
         (["finetune"], "give a recipe, or a task"),

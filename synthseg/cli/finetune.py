@@ -67,7 +67,7 @@ def finetune(
     check(config, devices * nodes)
     run = Finetuner(config, folder, resolve_device(device), resume, devices, nodes)
     notes = check_templates(config) if config.task == "segmentation" and not config.images else []
-    carry_out(run, [*notes, *_notes(run)], dry_run, f"use it with: {_use(config.task)}")
+    carry_out(run, [*notes, *_notes(run)], dry_run, f"use it with: {_use(config.task, folder)}")
     if run.is_main and not dry_run:
         for line in _figures(run):
             typer.echo(line, err=True)
@@ -141,10 +141,11 @@ def _figures(run: Finetuner) -> list[str]:
     return lines
 
 
-def _use(task: str) -> str:
+def _use(task: str, folder: Path) -> str:
     """How the model, ``{}``, is used."""
+    beside = str(folder / "segmentation.safetensors").replace("{", "{{").replace("}", "}}")
     return {
-        "segmentation": "synthseg segment IN --model segmentation.safetensors, which lies beside it",
+        "segmentation": f"synthseg segment IN --model {beside}",
         "reconstruction": "synthseg synthesize-t1 IN -o OUT --model {}",
         "bias-field": "synthseg correct-bias IN -o OUT --model {}",
         "super-resolution": "synthseg.representation.tasks.super_resolve in Python",

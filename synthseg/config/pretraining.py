@@ -96,7 +96,9 @@ class PretrainConfig(RunConfig):
     def _several_views(cls, record: Any) -> Any:
         """A generator section without severities of views gets those that a recipe without the section has."""
         generator = record.get("generator") if isinstance(record, dict) else None
-        views = (generator.get("views") or {}) if isinstance(generator, dict) else None
+        if not isinstance(generator, dict):
+            return record
+        views = generator.get("views") or {}
         if isinstance(views, dict) and "severities" not in views:
             return {**record, "generator": {**generator, "views": {"severities": SEVERITIES, **views}}}
         return record

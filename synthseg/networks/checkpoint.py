@@ -92,6 +92,14 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             f"{path}: holds no network (it may be the state of a run); give a model of the run, as "
             "best.safetensors, last.safetensors or pretrained.safetensors"
         )
+    try:
+        heads = record["heads"].values() if record["format"] == FEATURE_FORMAT else [{**record, "task": "segmentation"}]
+        for labels in [head["labels"] for head in heads if head["task"] == "segmentation"]:
+            LabelTable.from_dict(labels)
+        if not all(isinstance(record["config"][part], dict) for part in ("network", "generator")):
+            raise ValueError("its config is not whole")
+    except (LabelError, AttributeError, *DAMAGE) as error:
+        raise CheckpointError(f"{path}: its record is damaged or of another version ({plain_text(error)})") from None
     return tensors, record
 
 

@@ -185,8 +185,9 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         contrasts = config.validation_contrasts if self.held_out else ()
         self.held_out_examples = load_examples(config.validation_images, config.scheme, config.task, contrasts)
         if config.task == "segmentation":
-            sources = (*self.templates, *self.held_out, *self.examples, *self.held_out_examples)
-            for table in (source.table for source in sources if source.table is not None):
+            tables = [template.table for template in (*self.templates, *self.held_out)]
+            tables += [one.table for one in (*self.examples, *self.held_out_examples) if one.table is not None]
+            for table in tables:
                 table.groups(self.target)  # or a LabelError, before anything is drawn
         self.heads: dict[str, dict[str, Any]] = {}
         self.channels: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Soft Dice and cross-entropy with marginal classes, without materialised one-hots.
+"""Soft Dice and cross-entropy with marginal classes, without materialised one-hots; differences of images.
 
 A template may know only a coarser set of labels. Each of its labels then stands for a group of classes, and the
 probability of a group is the sum over its classes (Fidon et al., MICCAI 2021: label-set loss functions).
@@ -57,3 +57,20 @@ def dice_and_cross_entropy(
     scored[0] = False
     dice_loss = 1 - dice[scored].mean() if bool(scored.any()) else logits.sum() * 0.0
     return dice_loss, cross_entropy, torch.where(alone & (counts > 0), dice.detach(), torch.nan)
+
+
+def l1(result: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of (C, D, H, W) over the voxels of a mask (D, H, W); 0 if there are none."""
+    return ((result - target).abs() * where).sum() / (where.sum() * len(result)).clamp_min(1)
+
+
+def gradient_l1(result: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Sum over the axes of the mean absolute difference of the steps between neighbours; both inside the mask."""
+    error = result - target
+    total = error.new_zeros(())
+    for axis in range(3):
+        n = error.shape[axis + 1]
+        pairs = where.narrow(axis, 0, n - 1) & where.narrow(axis, 1, n - 1)
+        steps = error.narrow(axis + 1, 1, n - 1) - error.narrow(axis + 1, 0, n - 1)
+        total = total + (steps.abs() * pairs).sum() / (pairs.sum() * len(error)).clamp_min(1)
+    return total

@@ -36,11 +36,10 @@ from synthseg.training.contrastive import (
     sample_voxels,
 )
 from synthseg.training.launch import gather
-from synthseg.training.losses import dice_and_cross_entropy
+from synthseg.training.losses import dice_and_cross_entropy, gradient_l1, l1
 from synthseg.training.objective import ANATOMY, SEGMENTATION, Objective, Seen, by_view, match, places_of
 from synthseg.training.run import Run, check_grid
 from synthseg.training.state import Tensors
-from synthseg.training.tasks import gradient_l1, l1
 from synthseg.training.view_stream import ViewBatch, ViewStream
 
 VALIDATION_SEED = 977

@@ -23,7 +23,7 @@ from synthseg.generator.artefacts.storage import placed
 from synthseg.generator.deform import resize
 from synthseg.labels import LabelTable
 from synthseg.networks import task_heads
-from synthseg.training.losses import dice_and_cross_entropy
+from synthseg.training.losses import dice_and_cross_entropy, gradient_l1, l1
 from synthseg.training.scenes import Scene, scan
 from synthseg.training.stream import group_table
 from synthseg.training.validation import dice_of_groups
@@ -324,20 +324,3 @@ def intensity_map(raw: torch.Tensor, normalised: torch.Tensor) -> tuple[float, f
 def centred(image: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """An image (1, D, H, W) less its mean over the voxels of a mask (D, H, W)."""
     return image - (image[0] * where).sum() / where.sum().clamp_min(1)
-
-
-def l1(result: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of (C, D, H, W) over the voxels of a mask (D, H, W); 0 if there are none."""
-    return ((result - target).abs() * where).sum() / (where.sum() * len(result)).clamp_min(1)
-
-
-def gradient_l1(result: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Sum over the axes of the mean absolute difference of the steps between neighbours; both inside the mask."""
-    error = result - target
-    total = error.new_zeros(())
-    for axis in range(3):
-        n = error.shape[axis + 1]
-        pairs = where.narrow(axis, 0, n - 1) & where.narrow(axis, 1, n - 1)
-        steps = error.narrow(axis + 1, 1, n - 1) - error.narrow(axis + 1, 0, n - 1)
-        total = total + (steps.abs() * pairs).sum() / (pairs.sum() * len(error)).clamp_min(1)
-    return total

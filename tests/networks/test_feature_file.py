@@ -12,7 +12,7 @@ from synthseg.config import PretrainConfig, TrainConfig, parse
 from synthseg.errors import CheckpointError
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import SegmentationNetwork, load_weights
-from synthseg.networks.checkpoint import load_model, read_tensors, save_model, save_tensors
+from synthseg.networks.checkpoint import load_model, read_tensors, read_weights, save_model, save_tensors
 from synthseg.networks.feature_file import (
     FeatureModel,
     as_feature_weights,
@@ -64,6 +64,25 @@ def test_round_trip(network: FeatureNetwork, file: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
         t1 = model.network.head("anatomy", model.network(image)[-1])
     assert t1.shape == (1, 1, 16, 24, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": None}, "holds no network"),
+        ({"config": None}, "its record is damaged"),
+        ({"config": {"network": RECORD["network"]}}, "its record is damaged"),
+        ({"heads": None}, "its record is damaged"),
+        ({"heads": {"segmentation": {"task": "segmentation"}}}, "its record is damaged"),
+        ({"format": "synthseg-model-1"}, "its record is damaged"),  # which has labels
+    ],
+)
+def test_a_network_to_start_from_has_a_whole_record(changes: dict[str, Any], message: str, file: Path) -> None:
+    tensors, record = read_weights(file)
+    assert record["heads"] == HEADS
+    save_tensors(file, tensors, record | changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(file)
 
 
 def test_a_task_without_a_head_is_named(file: Path) -> None:

@@ -209,7 +209,9 @@ def test_a_t1_lies_on_an_oblique_or_sheared_scan(tilt: float) -> None:
     data, grid = tasks.synthesize_t1(Volume(wide, affine), EchoModel("reconstruction", [(1.0, 0.0)], 2))
     assert np.allclose(grid.affine, affine)
     both = np.corrcoef(data.ravel(), wide.ravel())[0, 1]
-    moved = [np.corrcoef(np.roll(data, step, axis).ravel(), wide.ravel())[0, 1] for axis in range(3) for step in (1, -1)]
+    moved = [
+        np.corrcoef(np.roll(data, step, axis).ravel(), wide.ravel())[0, 1] for axis in range(3) for step in (1, -1)
+    ]
     assert both > 0.98
     assert max(moved) < both - 0.01
 

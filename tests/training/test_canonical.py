@@ -11,8 +11,11 @@ import torch
 
 from synthseg.config import GeneratorConfig, generator_config, parse
 from synthseg.errors import TemplateError
+from synthseg.generator.anomalies import with_anomalies
+from synthseg.generator.deform import coordinates
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import read_anatomy
+from synthseg.generator.views import sample_views
 from synthseg.labels import load_scheme
 from synthseg.templates import Template, load_template
 from synthseg.training.canonical import WHITE_MATTER, canonical_image, has_t1, load_t1, typical_t1
@@ -106,6 +109,55 @@ def test_a_scan_moves_as_the_labels_do(with_t1: Path, flip: bool) -> None:
     for axis in range(3):  # and it lies where the labels are, to a voxel of 0.6 mm
         for shift in (-1, 1):
             assert apart < (image.roll(shift, axis) - expected).abs().mean()
+
+
+def turn(*degrees: float) -> np.ndarray:
+    """A rotation about z, y and x, as an affine."""
+    out = np.eye(4)
+    for (i, j), angle in zip(((0, 1), (0, 2), (1, 2)), np.radians(degrees), strict=True):
+        one = np.eye(4)
+        one[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+        out = one @ out
+    return out
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_maps_and_scans_may_be_oblique(with_t1: Path, flip: bool) -> None:
+    """A scan whose intensity rises linearly through the room, on a grid turned otherwise than that of the labels."""
+    file = with_t1 / "labels.nii.gz"
+    image = nib.load(file)
+    affine = turn(20, -10, 15) @ image.affine
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), file)
+    grid = turn(-15, 25, 5) @ np.diag([1.5, 1.8, 2.1, 1])
+    grid[:3, 3] = affine[:3] @ [*((n - 1) / 2 for n in image.shape), 1] - grid[:3, :3] @ [29.5, 29.5, 29.5]
+    rise = np.array([0.3, -0.7, 0.5])
+    room = np.einsum("ij,j...->i...", grid[:3, :3], np.indices((60, 60, 60))) + grid[:3, 3, None, None, None]
+    scan = np.tensordot(rise, room, 1)
+    nib.save(nib.Nifti1Image((scan - scan.min()).astype(np.float32), grid), with_t1 / "t1.nii.gz")
+    template = load_template(with_t1)
+    plan = plan_of(template, anatomy={"probability": 0.0}, deform={"rotation_deg": 25.0, "svf_std_mm": 2.0})
+    plan = plan.model_copy(update={"deform": plan.deform.model_copy(update={"flip": flip})})
+    found = canonical_image(template, plan)[0].numpy()
+    at = coordinates(plan.deform, plan.shape, plan.voxel_size_mm, template.center, template.spacing_mm).numpy() - 1
+    expected = np.tensordot(rise, np.einsum("ij,j...->i...", affine[:3, :3], at) + affine[:3, 3, None, None, None], 1)
+    shown = (found > 0.02) & (found < 0.98)
+    assert shown.mean() > 0.5
+    fit = np.polyfit(expected[shown], found[shown], 1)
+    assert fit[0] > 0
+    assert np.abs(np.polyval(fit, expected[shown]) - found[shown]).max() < 1e-3
+
+
+def test_an_anomaly_is_painted_into_the_image(template_folders: dict[str, Path]) -> None:
+    """It belongs to the anatomy: every view shows the same one, and so does the T1."""
+    config = settings(anomalies={"probability": 1.0, "tumour_probability": 1.0}, views={"severities": [0.0, 1.0]})
+    template = with_anomalies(load_template(template_folders["head"]), config.anomalies)
+    plans = sample_views(config, template.name, template.table, 3, 0)
+    assert plans[0].anomalies == plans[1].anomalies
+    assert plans[0].anomalies is not None
+    healthy = canonical_image(template, plans[0].model_copy(update={"anomalies": None}))
+    ill = canonical_image(template, plans[0])
+    assert torch.equal(ill, canonical_image(template, plans[1]))
+    assert float((ill - healthy).abs().max()) > 0.05
 
 
 def test_a_changed_anatomy_is_painted(with_t1: Path, template_folders: dict[str, Path]) -> None:

@@ -109,11 +109,12 @@ def test_every_loss_trains(loss: str, make: Make, tmp_path: Path) -> None:
     assert moved == {"features", "projections"}
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "hucl"])
 def test_features_learn_which_voxels_belong_together(
-    make: Make, template_folders: dict[str, Path], tmp_path: Path
+    loss: str, make: Make, template_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """The share of voxels that are found again in the last view rises far above chance, 1 in 24."""
-    term = {**TERM, "loss": "info_nce", "temperature": 0.1}
+    term = {**TERM, "loss": loss, "temperature": 0.1}
     config = make(
         templates=[str(template_folders["head"])], contrast=term, anatomy_weight=0.0, steps=40, optimiser__ema_decay=0.5
     )
@@ -122,7 +123,7 @@ def test_features_learn_which_voxels_belong_together(
     found = [run.step(stream.batch(number)) for number in range(40)]
     early, late = (sum(figure for _, figure in part) / 8 for part in (found[:8], found[-8:]))
     assert late > early + 0.1
-    assert sum(loss for loss, _ in found[-8:]) < 0.9 * sum(loss for loss, _ in found[:8])
+    assert sum(value for value, _ in found[-8:]) < 0.9 * sum(value for value, _ in found[:8])
 
 
 def test_the_terms_are_weighted(make: Make, tmp_path: Path) -> None:

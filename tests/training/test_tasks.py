@@ -16,14 +16,13 @@ from synthseg.generator.synthesis import render
 from synthseg.labels import load_scheme
 from synthseg.templates import Template, load_template
 from synthseg.training.canonical import canonical_image
+from synthseg.training.losses import gradient_l1, l1
 from synthseg.training.scenes import painted, scan
 from synthseg.training.tasks import (
     TASKS,
     Pair,
     Task,
-    gradient_l1,
     intensity_map,
-    l1,
     make_task,
     without_artefacts,
 )
