@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from synthseg.config import NetworkConfig, TrainConfig, parse
 from synthseg.errors import CheckpointError, ConfigError, LabelError, OutputError
@@ -220,10 +221,26 @@ def check_limits(network: NetworkConfig, window: tuple[int, ...], voxel_size_mm:
         raise ValueError(f"its voxel size is {voxel_size_mm:g} mm, expected {VOXEL_SIZES_MM[0]} to {VOXEL_SIZES_MM[1]}")
 
 
+class _Untouched(TorchFunctionMode):
+    """Random first values are not drawn. On the meta device, drawing them would import torch's compiler: a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Networks made inside have shapes and no memory, until `to_empty` and the weights of a file."""
+    with torch.device("meta"), _Untouched():
+        yield
+
+
 def _network(path: Path, config: TrainConfig, labels: LabelTable, file: Any) -> SegmentationNetwork:
     """The network of a config with the weights of an open file, on the CPU."""
     try:
-        with torch.device("meta"):  # shapes without memory
+        with shapes_alone():
             network = SegmentationNetwork(config.network, len(labels))
         check_fit(weights_of(network), {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
         network = network.to_empty(device="cpu")

@@ -32,6 +32,7 @@ from synthseg.networks.checkpoint import (
     plain_text,
     save_tensors,
     sha256_of,
+    shapes_alone,
 )
 from synthseg.networks.features import FeatureNetwork, feature_weights, segmentation_weights
 
@@ -112,13 +113,13 @@ def load_features(name_or_path: str | Path, device: torch.device | str = "cpu") 
     with opened(path) as (file, record):
         network_config, grid = _description(path, record)
         try:
-            with torch.device("meta"):
+            with shapes_alone():
                 FeatureNetwork(network_config)  # says so if this body has no such features
             stored = feature_weights({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
             channels = _stored_heads(stored, network_config.subpixel**3)
             heads = _heads(record)
             _check_heads(heads, channels)
-            with torch.device("meta"):  # shapes without memory
+            with shapes_alone():
                 network = FeatureNetwork(network_config, channels)
             check_fit(weights_of(network), stored)
             network = network.to_empty(device="cpu")

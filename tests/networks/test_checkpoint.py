@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,10 @@ def test_folders_are_made_and_views_are_saved(tmp_path: Path) -> None:
     assert tensors["scalar"].item() == 3
     assert record == {"key": [1, 2]}
     assert [p.name for p in target.parent.iterdir()] == ["t.safetensors"]
+
+
+def test_loading_does_not_import_the_compiler() -> None:
+    """On the meta device torch draws normal numbers by code that imports torch._dynamo, which takes a second."""
+    code = "import sys; from synthseg.networks.checkpoint import load_model; load_model('siam16'); "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
