@@ -40,7 +40,7 @@ from synthseg.volume import write_text_atomically  # noqa: E402
 
 SMALL = "small"
 SMALL_NETWORK = {"channels": [16, 32, 64, 96], "subpixel": 1}
-SMALL_GRID = ["generator.voxel_size_mm=3", "generator.shape=[64, 80, 64]"]
+SMALL_GRID = ["generator.voxel_size_mm=3", "generator.shape=[48, 64, 48]"]
 THICK = ["generator.artefacts.lowres_spacing_mm=9", "generator.artefacts.lowres_isotropic_mm=6"]
 PATCH_MM = (96, 112, 96)  # of a trained network; its own window takes several times as long
 STATE_EVERY_S = 60.0

@@ -105,6 +105,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "shape": list(options.shape),
         "channels": list(options.channels),
         "severities": list(options.severities),
+        "shift_mm": options.shift,
         "real_scans": options.data is not None,
     }
 
@@ -133,7 +134,7 @@ def shared_record(options: argparse.Namespace, name: str, count: int, seed: int)
 
 def pretrain_recipe(options: argparse.Namespace, terms: Terms, seed: int) -> PretrainConfig:
     record = shared_record(options, "pretrained", options.pretrain_templates, seed)
-    record["generator"]["views"] = {"severities": list(options.severities)}
+    record["generator"]["views"] = {"severities": list(options.severities), "shift_mm": options.shift}
     return parse(PretrainConfig, record | {"anatomy_weight": 0.0} | terms, "the recipe of a row")
 
 
@@ -320,6 +321,9 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[48, 64, 48])
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 96])
     parser.add_argument("--severities", type=float, nargs="+", default=[0.0, 1.0], help="of the views")
+    parser.add_argument(
+        "--shift", type=float, default=20.0, help="mm by which views are moved; 0: the place in the image says it all"
+    )
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one row, by its key: what a process of --jobs does
 
 

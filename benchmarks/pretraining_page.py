@@ -243,7 +243,8 @@ segmentation from scratch for as long as pretraining and fine-tuning took togeth
 
 - Network: DynUNet, channels {channels}, at {settings["voxel_size_mm"]:g} mm on the brain and what is near it ({shape}
   voxels); Muon, constant rate, averaged weights; one thread. The same for all rows, nothing tuned for one of them.
-- Pretraining: {first:g} CPU minutes on views of {seen} templates, severities {severities}; labels are used by SupCon
+- Pretraining: {first:g} CPU minutes on views of {seen} templates, severities {severities}, moved against each other by
+  up to {settings["shift_mm"]:g} mm (else the place in the image tells voxels apart); labels are used by SupCon
   and HSCL alone, and by all to draw the voxels.
 - Segmentation: {then:g} CPU minutes from the pretrained weights, all free, with {joined(counts)} of the templates.
   *{SCRATCH}*: {first + then:g} minutes from random weights. *{NONE}*: {then:g} minutes from random weights.

@@ -44,6 +44,7 @@ from synthseg.volume import Volume, canonical, load_volume
 
 SEED = 2026  # of all images that are measured
 SEVERITIES = (0.0, 0.5, 1.0)  # of the views of one anatomy
+MARGIN = 8  # voxels that the images of one anatomy are cut out apart from each other, at most
 MATCHED_VOXELS = 1000
 VOXELS_A_LABEL = 300  # of each image, for the geometry of the features and to fit the probe
 PROBED_SHARE = 0.125  # of the voxels of each held-out image that the probe is tested on
@@ -61,10 +62,23 @@ class Image:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Images (V, 1, D, H, W) of one anatomy, the index into siam16 of each voxel (D, H, W)."""
+    """Images of one anatomy, each cut out elsewhere, so that the place in the image does not tell voxels apart.
+
+    Attributes
+    ----------
+    images : (V, 1, D, H, W).
+    labels : (d, h, w), the index into siam16 of each voxel of the part that all images show.
+    starts : where that part begins in each image, voxels.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
+    starts: list[tuple[int, int, int]]
+
+    def shared(self, values: torch.Tensor, view: int) -> torch.Tensor:
+        """The part of values (..., D, H, W) of a view that all views show, (..., d, h, w)."""
+        window = [slice(a, a + n) for a, n in zip(self.starts[view], self.labels.shape, strict=True)]
+        return values[(..., *window)]
 
 
 @dataclass(frozen=True)
@@ -103,10 +117,20 @@ class HeldOut:
     def views(self) -> Iterator[Anatomy]:
         """One anatomy of each held-out map, in images from mild to severe."""
         quiet = whole_head(self.config, "random")
-        config = quiet.model_copy(update={"views": ViewsConfig(severities=list(SEVERITIES))})
+        shape = self.config.shape
+        wide = tuple(n + MARGIN for n in shape)
+        config = quiet.model_copy(update={"views": ViewsConfig(severities=list(SEVERITIES)), "shape": wide})
+        chance = rng.generator(SEED, 2, "windows")
         for number, (template, index) in enumerate(zip(self.maps, self._index, strict=True)):
             views = render_views(template, sample_views(config, template.name, template.table, SEED, number))
-            yield Anatomy(views.images, index[views.labels[0].int()].long())
+            corners = torch.randint(MARGIN + 1, (len(views.images), 3), generator=chance).tolist()
+            seen = [
+                image[(..., *(slice(c, c + n) for c, n in zip(corner, shape, strict=True)))]
+                for image, corner in zip(views.images, corners, strict=True)
+            ]
+            inner = views.labels[0][tuple(slice(MARGIN, n) for n in shape)]  # in every window
+            starts = [tuple(MARGIN - c for c in corner) for corner in corners]
+            yield Anatomy(torch.stack(seen), index[inner.int()].long(), starts)
 
     def images(self, fitting: bool) -> Iterator[Image]:
         """Each held-out map in five contrasts; or the templates that the probe is fitted on, also as brain alone."""
@@ -174,7 +198,7 @@ def score_features(model: FeatureModel, held_out: HeldOut) -> dict[str, Any]:
     chance = rng.generator(SEED, 0, "measured voxels")
     within, matches, near, found, labels, first, heads = [], [], [], [], [], [], []
     for seen in held_out.views():
-        features = torch.stack([finest(model, image) for image in seen.images[:, 0]])
+        features = torch.stack([seen.shared(finest(model, image), v) for v, image in enumerate(seen.images[:, 0])])
         head = seen.labels > 0
         within.append(robustness(features, head))
         matches += [

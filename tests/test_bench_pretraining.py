@@ -179,6 +179,7 @@ def record(given: dict[str, dict[str, Any]], **settings: Any) -> dict[str, Any]:
         "shape": [64, 80, 64],
         "channels": [16, 32],
         "severities": [0.0, 1.0],
+        "shift_mm": 20.0,
         "real_scans": False,
     }
     return {"settings": known | settings, "order": ["none", "from scratch", *NAMES, "best sum"], "rows": given}

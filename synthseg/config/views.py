@@ -23,3 +23,13 @@ class ViewsConfig(Section):
         0.0, ge=0, description="std of a small displacement of each view but the first, known and returned"
     )
     perturbation_spacing_mm: LengthRange = Field((20.0, 40.0), description="spacing of its control points")
+    shift_mm: float = Field(
+        0.0,
+        ge=0,
+        description="each view but the first sees the anatomy moved by up to this along each axis, known and returned",
+    )
+
+    @property
+    def displaced(self) -> bool:
+        """Whether views differ in geometry."""
+        return self.perturbation_mm > 0 or self.shift_mm > 0

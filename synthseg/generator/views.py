@@ -2,7 +2,7 @@
 
 Brain-ID (Liu et al., ECCV 2024) learns from two mild and two severe images of one deformed subject. A view is a Plan
 whose anatomy and deformation are kept and whose appearance is drawn again; its geometry may differ from the first
-view's by a small displacement, which is known.
+view's by a displacement, which is known. Without one, a network can tell voxels by their place in the image alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from synthseg import rng
 from synthseg.config import GeneratorConfig
 from synthseg.generator.deform import resize
-from synthseg.generator.draw import Draw
+from synthseg.generator.draw import Draw, Field3D
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable
@@ -41,18 +41,27 @@ class Views:
 def sample_views(config: GeneratorConfig, template: str, table: LabelTable, seed: int, index: int) -> list[Plan]:
     """One Plan for each of ``config.views.severities``. The first has the geometry of ``sample_plan`` of this index."""
     shared = sample_plan(config, template, table, seed, index)
-    extent = tuple(n * config.voxel_size_mm for n in config.shape)
     plans = []
     for number, severity in enumerate(config.views.severities):
         own = sample_plan(config.at_severity(severity), template, table, seed, index, view=number)
         deform = shared.deform
-        if number > 0 and config.views.perturbation_mm > 0:
-            draw = Draw(rng.generator(seed, index, f"perturbation/{number}"))
-            spacing = draw.uniform(*config.views.perturbation_spacing_mm)
-            field = draw.field(3, extent, spacing, config.views.perturbation_mm)
-            deform = deform.model_copy(update={"perturbation_mm": field})
+        if number > 0 and config.views.displaced:
+            deform = deform.model_copy(update={"perturbation_mm": _displacement(config, seed, index, number)})
         plans.append(own.model_copy(update={"anatomy": shared.anatomy, "deform": deform, "severity": severity}))
     return plans
+
+
+def _displacement(config: GeneratorConfig, seed: int, index: int, view: int) -> Field3D:
+    """A smooth field about a shift, in mm."""
+    views, extent = config.views, tuple(n * config.voxel_size_mm for n in config.shape)
+    field = torch.zeros(3, 2, 2, 2)
+    if views.perturbation_mm > 0:
+        draw = Draw(rng.generator(seed, index, f"perturbation/{view}"))
+        spacing = draw.uniform(*views.perturbation_spacing_mm)
+        field = draw.field(3, extent, spacing, views.perturbation_mm).tensor()
+    draw = Draw(rng.generator(seed, index, f"shift/{view}"))
+    shift = torch.tensor([draw.uniform(-views.shift_mm, views.shift_mm) for _ in range(3)])
+    return Field3D.of(field + shift[:, None, None, None])
 
 
 def render_views(template: Template, plans: Sequence[Plan], device: torch.device | str = "cpu") -> Views:

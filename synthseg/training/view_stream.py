@@ -112,12 +112,12 @@ class ViewStream(Stream[ViewBatch]):
             views = render_views(template, own)
             images.append(views.images)
             labels.append(self.tables[which][0][views.labels.int()])
-            if config.generator.views.perturbation_mm > 0:
+            if config.generator.views.displaced:
                 moved.append(views.displacement_mm)
             if config.anatomy_weight > 0:
                 pairs = [
                     canonical_and_labels(template, plan)
-                    for plan in (own if config.generator.views.perturbation_mm > 0 else own[:1])
+                    for plan in (own if config.generator.views.displaced else own[:1])
                 ]
                 canonical += [image for image, _ in pairs]
                 wholes = torch.stack([whole for _, whole in pairs])

@@ -58,9 +58,13 @@ def test_mild_views_have_less_noise_bias_and_gamma(tiny_template: Template) -> N
         assert mild[kind] <= middle[kind] <= severe[kind]
 
 
-def test_the_displacement_between_views_is_the_one_returned(tiny_template: Template) -> None:
+@pytest.mark.parametrize(("perturbation_mm", "shift_mm"), [(4.0, 0.0), (0.0, 12.0), (2.0, 12.0)])
+def test_the_displacement_between_views_is_the_one_returned(
+    tiny_template: Template, perturbation_mm: float, shift_mm: float
+) -> None:
     """Reading the first view's labels at p + displacement gives those of the displaced view."""
-    config = settings([1.0, 1.0], perturbation_mm=4.0)
+    config = settings([1.0, 1.0], perturbation_mm)
+    config = config.model_copy(update={"views": config.views.model_copy(update={"shift_mm": shift_mm})})
     plans = sample_views(config, "tiny", tiny_template.table, 1, 4)
     views = render_views(tiny_template, plans)
     assert views.displacement_mm[0].abs().max() == 0
@@ -77,6 +81,16 @@ def test_the_displacement_between_views_is_the_one_returned(tiny_template: Templ
     coarse = plans[1].deform.perturbation_mm
     assert coarse is not None
     assert torch.equal(views.displacement_mm[1], resize(coarse.tensor()[None], config.shape)[0])
+
+
+def test_a_shift_is_one_for_all_voxels_and_another_for_each_view(tiny_template: Template) -> None:
+    config = settings([1.0, 1.0, 1.0])
+    config = config.model_copy(update={"views": config.views.model_copy(update={"shift_mm": 12.0})})
+    moved = render_views(tiny_template, sample_views(config, "tiny", tiny_template.table, 0, 0)).displacement_mm
+    assert moved[0].abs().max() == 0
+    assert float(moved.abs().max()) <= 12.0
+    torch.testing.assert_close(moved.flatten(2).amin(2), moved.flatten(2).amax(2))
+    assert not torch.allclose(moved[1], moved[2])
 
 
 def test_plans_of_views_survive_json(tiny_template: Template) -> None:
