@@ -468,7 +468,9 @@ def test_verdicts_are_kept_and_saved(page: Page) -> None:
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(page.folder / "saved")}
     )
     page.click("#row-1 a.open")
+    page.until(lambda: page.js("return document.querySelector('dialog').open"))
     page.press("3")
+    page.until(lambda: page.js("return document.querySelector('#row-1 .mine').textContent") == "✗ bad")
     page.js("const n = document.querySelector('dialog input'); n.value = 'cut off\\tabove';"
             "n.dispatchEvent(new Event('input'))")  # fmt: skip
     page.open("many")
