@@ -115,19 +115,15 @@ class PairStream(Stream[PairBatch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.config = config
+        super().__init__(config, first, rank, world)
         self.task = task
         self.templates = list(templates)
         self.examples = list(examples)
-        self.first = first
-        self.rank = rank
-        self.world = world
         self.settings = task.settings(config.generator)
         self.quiet = quiet(config, task)
 
     def batch(self, number: int) -> PairBatch:
-        size = self.config.batch_size
-        made = [self.sample(i) for i in range(number * size + self.rank, (number + 1) * size, self.world)]
+        made = [self.sample(i) for i in self.samples(number)]
         return PairBatch([pair for pair, _ in made], [plan for _, plan in made])
 
     def sample(self, index: int) -> tuple[Pair, Plan | ImagePlan]:

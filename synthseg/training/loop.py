@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from synthseg import rng
 from synthseg.config import TrainConfig
 from synthseg.errors import ConfigError
 from synthseg.generator.contrast import named_contrasts
@@ -30,7 +29,7 @@ from synthseg.networks.feature_file import as_segmentation_weights
 from synthseg.training.losses import dice_and_cross_entropy
 from synthseg.training.run import Run, check_grid
 from synthseg.training.state import Tensors
-from synthseg.training.stream import Batch, SyntheticStream
+from synthseg.training.stream import Batch, SyntheticStream, drawn_cells
 from synthseg.training.validation import exact_index, load_scans, mean_dice, scan_table, validation_table
 
 
@@ -138,11 +137,9 @@ class Trainer(Run[TrainConfig, Batch]):
 
     def _draw_cells(self) -> torch.Tensor | None:
         """Which voxels of the subpixel blocks this step scores, (K,), or None for all."""
-        blocks, count = self.config.network.subpixel**3, self.config.scored_cells
-        if count == 0 or count >= blocks:
-            return None
-        source = rng.generator(self.config.seed, self.state.step, "cells")
-        return torch.randperm(blocks, generator=source)[:count].to(self.fabric.device)
+        config = self.config
+        cells = drawn_cells(config.seed, self.state.step, config.network.subpixel, config.scored_cells)
+        return None if cells is None else cells.to(self.fabric.device)
 
     def validate(self) -> float:
         """Mean hard Dice of the averaged weights; kept in the manifest with that of each contrast, scan and class.

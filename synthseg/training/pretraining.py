@@ -40,6 +40,7 @@ from synthseg.training.losses import dice_and_cross_entropy, gradient_l1, l1
 from synthseg.training.objective import ANATOMY, SEGMENTATION, Objective, Seen, by_view, match, places_of
 from synthseg.training.run import Run, check_grid
 from synthseg.training.state import Tensors
+from synthseg.training.stream import drawn_cells
 from synthseg.training.view_stream import ViewBatch, ViewStream
 
 VALIDATION_SEED = 977
@@ -134,11 +135,9 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
 
     def _draw_cells(self) -> torch.Tensor | None:
         """Which voxels of the subpixel blocks this step segments, (K,), or None for all."""
-        blocks, count = self.config.network.subpixel**3, self.config.scored_cells
-        if count == 0 or count >= blocks:
-            return None
-        source = rng.generator(self.config.seed, self.state.step, "cells")
-        return torch.randperm(blocks, generator=source)[:count].to(self.fabric.device)
+        config = self.config
+        cells = drawn_cells(config.seed, self.state.step, config.network.subpixel, config.scored_cells)
+        return None if cells is None else cells.to(self.fabric.device)
 
     def _all_terms(
         self, batch: ViewBatch, cells: torch.Tensor | None

@@ -47,10 +47,21 @@ def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, t
 
 
 class Stream(IterableDataset[B], Generic[B]):
-    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept."""
+    """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept.
 
-    config: RunConfig
-    first: int
+    With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch.
+    """
+
+    def __init__(self, config: RunConfig, first: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.config = config
+        self.first = first
+        self.rank = rank
+        self.world = world
+
+    def samples(self, number: int) -> range:
+        """The samples of batch ``number`` that are this device's."""
+        size = self.config.batch_size
+        return range(number * size + self.rank, (number + 1) * size, self.world)
 
     def batch(self, number: int) -> B:
         """Batch ``number``: the same whenever and wherever it is made."""
@@ -66,6 +77,14 @@ class Stream(IterableDataset[B], Generic[B]):
             number += step
 
 
+def drawn_cells(seed: int, step: int, subpixel: int, count: int) -> torch.Tensor | None:
+    """Which voxels of the subpixel blocks a step scores, (K,); None for all (``count`` 0, or as many as there are)."""
+    blocks = subpixel**3
+    if count == 0 or count >= blocks:
+        return None
+    return torch.randperm(blocks, generator=rng.generator(seed, step, "cells"))[:count]
+
+
 def template_of(seed: int, index: int, templates: Sequence[Template]) -> int:
     """Which template sample ``index`` is made from."""
     source = rng.generator(seed, index, "template")
@@ -73,10 +92,7 @@ def template_of(seed: int, index: int, templates: Sequence[Template]) -> int:
 
 
 class SyntheticStream(Stream[Batch]):
-    """Batches of synthetic images and their labels.
-
-    With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch.
-    """
+    """Batches of synthetic images and their labels."""
 
     def __init__(
         self,
@@ -87,17 +103,14 @@ class SyntheticStream(Stream[Batch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.config = config
+        super().__init__(config, first, rank, world)
         self.templates = templates
-        self.first = first
-        self.rank = rank
-        self.world = world
         self.tables = [group_table(t.table, target) for t in templates]
 
     def batch(self, number: int) -> Batch:
         config = self.config
         plans, chosen = [], []
-        for index in range(number * config.batch_size + self.rank, (number + 1) * config.batch_size, self.world):
+        for index in self.samples(number):
             which = template_of(config.seed, index, self.templates)
             template = self.templates[which]
             plans.append(sample_plan(config.generator, template.name, template.table, config.seed, index))

@@ -73,7 +73,9 @@ class ViewBatch:
 
 
 class ViewStream(Stream[ViewBatch]):
-    """Batches of views. With ``world`` devices, the one of this ``rank`` makes anatomies rank, rank + world, ..."""
+    """Batches of views; a sample is an anatomy."""
+
+    config: PretrainConfig
 
     def __init__(
         self,
@@ -84,11 +86,8 @@ class ViewStream(Stream[ViewBatch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.config: PretrainConfig = config
+        super().__init__(config, first, rank, world)
         self.templates = templates
-        self.first = first
-        self.rank = rank
-        self.world = world
         self.tables = [group_table(t.table, target) for t in templates]
         if config.anatomy_weight > 0:
             for template in templates:  # before worker processes are made, which then share it
@@ -98,8 +97,8 @@ class ViewStream(Stream[ViewBatch]):
     def batch(self, number: int) -> ViewBatch:
         """Batch ``number``: the same whenever and wherever it is made."""
         config = self.config
-        indices = range(number * config.batch_size + self.rank, (number + 1) * config.batch_size, self.world)
-        return self.anatomies([(template_of(config.seed, i, self.templates), i) for i in indices], config.seed)
+        chosen = [(template_of(config.seed, i, self.templates), i) for i in self.samples(number)]
+        return self.anatomies(chosen, config.seed)
 
     def anatomies(self, chosen: list[tuple[int, int]], seed: int) -> ViewBatch:
         """Views of samples: (which template, sample index) for each."""
