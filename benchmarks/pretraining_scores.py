@@ -37,6 +37,7 @@ from synthseg.representation.measures import (
     tolerance,
     uniformity,
 )
+from synthseg.representation.windows import Windows
 from synthseg.templates import expand, load_template
 from synthseg.training.stream import group_table
 from synthseg.training.validation import exact_index, mean_dice, validation_table, whole_head
@@ -62,23 +63,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Images of one anatomy, each cut out elsewhere, so that the place in the image does not tell voxels apart.
-
-    Attributes
-    ----------
-    images : (V, 1, D, H, W).
-    labels : (d, h, w), the index into siam16 of each voxel of the part that all images show.
-    starts : where that part begins in each image, voxels.
-    """
+    """Images (V, 1, D, H, W) of one anatomy, and the index into siam16 of each voxel that all of them show."""
 
     images: torch.Tensor
     labels: torch.Tensor
-    starts: list[tuple[int, int, int]]
-
-    def shared(self, values: torch.Tensor, view: int) -> torch.Tensor:
-        """The part of values (..., D, H, W) of a view that all views show, (..., d, h, w)."""
-        window = [slice(a, a + n) for a, n in zip(self.starts[view], self.labels.shape, strict=True)]
-        return values[(..., *window)]
+    windows: Windows
 
 
 @dataclass(frozen=True)
@@ -118,19 +107,15 @@ class HeldOut:
         """One anatomy of each held-out map, in images from mild to severe."""
         quiet = whole_head(self.config, "random")
         shape = self.config.shape
-        wide = tuple(n + MARGIN for n in shape)
+        wide = (shape[0] + MARGIN, shape[1] + MARGIN, shape[2] + MARGIN)
         config = quiet.model_copy(update={"views": ViewsConfig(severities=list(SEVERITIES)), "shape": wide})
         chance = rng.generator(SEED, 2, "windows")
         for number, (template, index) in enumerate(zip(self.maps, self._index, strict=True)):
             views = render_views(template, sample_views(config, template.name, template.table, SEED, number))
-            corners = torch.randint(MARGIN + 1, (len(views.images), 3), generator=chance).tolist()
-            seen = [
-                image[(..., *(slice(c, c + n) for c, n in zip(corner, shape, strict=True)))]
-                for image, corner in zip(views.images, corners, strict=True)
-            ]
-            inner = views.labels[0][tuple(slice(MARGIN, n) for n in shape)]  # in every window
-            starts = [tuple(MARGIN - c for c in corner) for corner in corners]
-            yield Anatomy(torch.stack(seen), index[inner.int()].long(), starts)
+            windows = Windows.draw(len(views.images), shape, MARGIN, chance)
+            seen = [windows.cut(image, number) for number, image in enumerate(views.images)]
+            inner = windows.shared_of_grid(views.labels[0])
+            yield Anatomy(torch.stack(seen), index[inner.int()].long(), windows)
 
     def images(self, fitting: bool) -> Iterator[Image]:
         """Each held-out map in five contrasts; or the templates that the probe is fitted on, also as brain alone."""
@@ -198,7 +183,9 @@ def score_features(model: FeatureModel, held_out: HeldOut) -> dict[str, Any]:
     chance = rng.generator(SEED, 0, "measured voxels")
     within, matches, near, found, labels, first, heads = [], [], [], [], [], [], []
     for seen in held_out.views():
-        features = torch.stack([seen.shared(finest(model, image), v) for v, image in enumerate(seen.images[:, 0])])
+        features = torch.stack(
+            [seen.windows.shared(finest(model, image), v) for v, image in enumerate(seen.images[:, 0])]
+        )
         head = seen.labels > 0
         within.append(robustness(features, head))
         matches += [

@@ -115,7 +115,7 @@ def extract(
         ras = crop(whole, head_box(whole))
         check_size(ras, model.voxel_size_mm, 1)
         channels = sum(model.network.channels[level] for level in wanted)
-        _check_values(ras, model.voxel_size_mm * _cell(model.network, max(wanted)), channels)
+        _check_values(ras, model.voxel_size_mm * cell_of(model.network, max(wanted)), channels)
         image = conform(ras, model.voxel_size_mm)
         grid = centred_grid(ras, tuple(image.shape), [model.voxel_size_mm] * 3)  # type: ignore[arg-type]
         return extract_image(image, model, device, wanted, affine=grid.affine, mixed_precision=mixed_precision)
@@ -139,7 +139,7 @@ def extract_image(
     device = torch.device(device)
     wanted = check_levels(model.network, levels)
     at = np.diag([*[model.voxel_size_mm] * 3, 1.0]) if affine is None else affine
-    cell = _cell(model.network, max(wanted))
+    cell = cell_of(model.network, max(wanted))
     with torch.inference_mode():
         before, padded = _padded(image, model)
         try:
@@ -188,7 +188,7 @@ def head_mask(image: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- geometry of blocks
 
 
-def _cell(network: Any, level: int) -> int:
+def cell_of(network: Any, level: int) -> int:
     """Image voxels along the side of a voxel of a level."""
     return int(network.config.subpixel) * 2 ** (-1 - level)
 
@@ -254,7 +254,7 @@ def _run(
 
     if padded.numel() <= max(WHOLE_RUN_VOXELS, math.prod(model.window)):
         return [found.half().cpu() for found in run(padded)]
-    cells = [_cell(model.network, level) for level in levels]
+    cells = [cell_of(model.network, level) for level in levels]
     results = [
         torch.zeros((model.network.channels[level], *(n // cell for n in padded.shape)), dtype=torch.float16)
         for level, cell in zip(levels, cells, strict=True)

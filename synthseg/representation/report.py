@@ -2,7 +2,8 @@
 
 The images are fixed by seed and templates, not by the network, so that the figures of two networks compare. They have
 the contrasts and artefacts of the preset `brain-id`; heads are upright and centred and differ in shape, so that
-features of different subjects are compared at the same place.
+features of different subjects are compared at the same place. The images of one anatomy are cut out apart from each
+other: a network that knows voxels by their place in the image matches none.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from synthseg.generator.views import render_views, sample_views
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.networks.feature_file import FeatureModel
 from synthseg.representation import measures
-from synthseg.representation.extraction import extract_image
+from synthseg.representation.extraction import cell_of, extract_image
 from synthseg.representation.pca import fit_pca, sample
 from synthseg.representation.picture import Row
+from synthseg.representation.windows import Windows
 from synthseg.templates import Template
 from synthseg.volume import Volume
 
@@ -32,6 +34,7 @@ SEVERITIES = (0.0, 1 / 3, 2 / 3, 1.0)
 SCHEME = "siam16"
 PER_LABEL = 60  # voxels of each label of each image, for the geometry of the classes and to train the probe
 TEST_VOXELS = 20_000  # of each image, to test the probe
+APART_MM, APART_SHARE = 16.0, 0.25  # between the images of one anatomy, at most, and that part of the field of view
 MATCHED = 1000  # voxels of each pair of images
 WITHIN_MM = 2.0
 SHOWN = 2  # anatomies in the picture
@@ -54,7 +57,7 @@ class _Subject:
     values: torch.Tensor  # float16 (V, C, d, h, w)
     labels: torch.Tensor  # (d, h, w), indices into SCHEME or UNKNOWN
     head: torch.Tensor  # bool (d, h, w)
-    images: torch.Tensor  # (V, D, H, W), on the grid of the network
+    images: torch.Tensor  # (V, D, H, W), of the same part of the head, on the grid of the network
     affine: np.ndarray  # of the features; that of the images is the voxel size alone
     voxel_size_mm: float
     number: int = 0
@@ -108,6 +111,7 @@ def measure(
         "templates": [template.name for template in used],
         "anatomies": n,
         "severities": [round(severity, 3) for severity in SEVERITIES],
+        "apart_mm": _margin(config, cell_of(model.network, max(levels))) * config.voxel_size_mm,
         "seed": seed,
     }
     figures = facts | _summary(results, facts["spacing_mm"]) | _classes(sampled, table) | {"probe": probe.dice(table)}
@@ -129,6 +133,11 @@ def report_config(model: FeatureModel) -> GeneratorConfig:
     return generator_config(None, settings, preset="brain-id")
 
 
+def _margin(config: GeneratorConfig, cell: int) -> int:
+    """How many voxels the images of one anatomy lie apart at most, a multiple of ``cell``."""
+    return cell * int(min(APART_MM / config.voxel_size_mm, APART_SHARE * min(config.shape)) / cell)
+
+
 def labels_of_blocks(labels: torch.Tensor, cell: int) -> torch.Tensor:
     """The most frequent label of each block of ``cell`` voxels a side, of labels (D, H, W); of equals the lowest."""
     if cell == 1:
@@ -148,21 +157,29 @@ def _subject(
     device: torch.device | str,
     levels: Sequence[int],
 ) -> _Subject:
-    views = render_views(template, sample_views(config, template.name, template.table, seed, number))
-    found = [extract_image(image[0], model, device, levels) for image in views.images]
-    cell = round(found[0].spacing_mm[0] / model.voxel_size_mm)
-    labels = labels_of_blocks(views.labels[0], cell)
-    head = (labels > 0) & torch.stack([labels_of_blocks(of_view, cell) > 0 for of_view in views.labels[1:]]).all(0)
+    cell = cell_of(model.network, max(levels))
+    margin = _margin(config, cell)
+    chance = rng.generator(seed, number, "windows")
+    windows = Windows.draw(len(SEVERITIES), config.shape, margin, chance, step=cell)
+    wide = config.model_copy(update={"shape": windows.grid})
+    views = render_views(template, sample_views(wide, template.name, template.table, seed, number))
+    values, affine = [], np.eye(4)
+    for view, image in enumerate(views.images[:, 0]):
+        found = extract_image(windows.cut(image, view), model, device, levels)
+        values.append(windows.shared(found.values, view, cell))
+        affine = found.affine  # of every window, from its own first voxel
+    labels, *others = [labels_of_blocks(windows.shared_of_grid(of_view), cell) for of_view in views.labels]
+    head = (labels > 0) & torch.stack([of_view > 0 for of_view in others]).all(0)
     if not bool(head.any()):
         raise ConfigError(f"{template.name}: the network's field of view holds none of its labels")
     groups = torch.from_numpy(template.table.groups(table))
     known = torch.where(groups.sum(1) == 1, groups.long().argmax(1), UNKNOWN)
     return _Subject(
-        values=torch.stack([one.values for one in found]),
+        values=torch.stack(values),
         labels=known[labels.long()],
         head=head,
-        images=views.images[:, 0],
-        affine=found[0].affine,
+        images=windows.shared_of_grid(views.images[:, 0]),
+        affine=affine,
         voxel_size_mm=model.voxel_size_mm,
         number=number,
         template=template.name,

@@ -69,6 +69,23 @@ def test_a_network_that_ignores_its_input_is_no_good(model_file: Path, tiny_temp
     assert found["matching"]["accuracy"] < 0.2
 
 
+def test_a_network_that_knows_the_place_in_the_image_alone_matches_little(
+    model_file: Path, tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def places(_module: object, _inputs: object, found: list[torch.Tensor]) -> list[torch.Tensor]:
+        axes = [torch.linspace(-1, 1, n) for n in found[-1].shape[2:]]
+        return [*found[:-1], torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]]
+
+    monkeypatch.setattr(report, "MATCHED", 100)
+    model = load_features(model_file)
+    model.network.register_forward_hook(places)
+    blind = measure(model, [tiny_template], 2).figures
+    assert blind["apart_mm"] == 8
+    assert blind["matching"]["accuracy"] < 0.6
+    monkeypatch.setattr(report, "APART_MM", 0.0)
+    assert measure(model, [tiny_template], 2).figures["matching"]["accuracy"] > 0.9
+
+
 def test_the_grid_is_the_networks_own(model_file: Path) -> None:
     config = report_config(load_features(model_file))
     assert (config.voxel_size_mm, config.shape) == (2.0, (16, 24, 24))

@@ -23,6 +23,7 @@ from synthseg.training.pretraining import Pretrainer, check
 from synthseg.training.state import RunState
 
 Make = Callable[..., PretrainConfig]
+GOLDEN = Path(__file__).with_name("golden_pretraining_losses.txt")
 TERM = {"loss": "hscl", "hidden": 12, "dimensions": 20, "sampling": {"voxels": 24, "exclusion_mm": 3.0}}
 
 
@@ -68,6 +69,14 @@ class Recorder(Pretrainer):
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_losses_are_the_golden_ones(make: Make, tmp_path: Path) -> None:
+    expected = [float(line) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    trainer = Recorder(make(segmentation_weight=1.0, anatomy_weight=1.0), tmp_path)
+    trainer.run()
+    now = "\n".join(f"{loss:.5f}" for loss in trainer.losses)
+    assert trainer.losses == pytest.approx(expected, abs=1e-3), f"if the change is meant, write to {GOLDEN}:\n{now}"
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
