@@ -8,7 +8,7 @@ import pytest
 
 from synthseg.color_tables import color_table_paths, write_all, write_color_table
 from synthseg.errors import OutputError
-from synthseg.label_tables import read_entries
+from synthseg.importing.label_tables import read_entries
 from synthseg.labels import Label, LabelTable, load_scheme
 
 

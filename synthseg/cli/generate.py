@@ -53,7 +53,7 @@ def generate(
 
     from synthseg.devices import resolve_device
     from synthseg.generator import export
-    from synthseg.preview import ContactSheet
+    from synthseg.reports.contact_sheet import ContactSheet
     from synthseg.templates import expand, load_template
 
     torch_device = resolve_device(device)

@@ -41,7 +41,7 @@ def init(
     """Look at label maps, import them, and write a commented recipe that fits them."""
     from synthseg.config import TrainConfig, parse
     from synthseg.errors import ConfigError
-    from synthseg.recipes import start_project
+    from synthseg.importing.recipes import start_project
 
     base: tuple[str, TrainConfig] | None = None
     if start and voxel_size:

@@ -27,8 +27,8 @@ from synthseg.cli.base import (
 from synthseg.errors import InputError, OutputError, SynthSegError
 
 if TYPE_CHECKING:
-    from synthseg.batch import Outcome
-    from synthseg.jobs import Job, Wanted
+    from synthseg.batch.jobs import Job, Wanted
+    from synthseg.batch.run import Outcome
 
 CROP_LIMITS_MM = (20.0, 1000.0)
 
@@ -98,7 +98,7 @@ def segment(
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Segment scans: each gets a label map on its own grid. What is done already is skipped."""
-    from synthseg.jobs import SPACING_LIMITS_MM, Wanted, check_jobs, parse_sizes
+    from synthseg.batch.jobs import SPACING_LIMITS_MM, Wanted, check_jobs, parse_sizes
 
     if fast and robust:
         raise InputError("--fast and --robust exclude each other; choose one")
@@ -121,11 +121,11 @@ def segment(
     jobs = _plan(inputs or [], from_list, bids, participant or [], output, overview, wanted)
     check_jobs(jobs, [path for path in (volumes, report_file) if path is not None])
 
-    from synthseg.batch import Settings, run_jobs
+    from synthseg.batch.resume import check_existing
+    from synthseg.batch.run import Settings, run_jobs
+    from synthseg.batch.volume_table import VolumeTable, columns_of
     from synthseg.inference import Options
     from synthseg.outputs import check_targets, target_table
-    from synthseg.resume import check_existing
-    from synthseg.volume_table import VolumeTable, columns_of
 
     table = VolumeTable(volumes, [job.name for job in jobs], overwrite) if volumes is not None else None
     if not overwrite:
@@ -143,7 +143,7 @@ def segment(
     if table is not None:
         table.check_columns(columns_of(final, options.quality))
     if bids is not None:
-        from synthseg.bids import write_description
+        from synthseg.batch.bids import write_description
 
         write_description(_derivative(bids, output), bids)
     facts = {
@@ -203,7 +203,7 @@ def _plan(
     if bids is not None:
         if inputs or from_list is not None:
             raise InputError("--bids takes the scans of a dataset; give no other scans with it")
-        from synthseg.bids import check_description, find_bids_scans, plan_bids_jobs
+        from synthseg.batch.bids import check_description, find_bids_scans, plan_bids_jobs
 
         labels = [label for given in participants for label in given.split(",") if label]
         root = _derivative(bids, output)
@@ -211,8 +211,8 @@ def _plan(
         check_description(root)
         return plan_bids_jobs(scans, root, wanted, overview)
 
+    from synthseg.batch.jobs import plan_jobs
     from synthseg.inputs import find_scans, read_list
-    from synthseg.jobs import plan_jobs
 
     given: list[str | Path] = [*inputs, *(read_list(from_list) if from_list is not None else [])]
     if not given:
@@ -223,7 +223,7 @@ def _plan(
 
 
 def _derivative(bids: Path, output: Path | None) -> Path:
-    from synthseg.bids import DERIVATIVE
+    from synthseg.batch.bids import DERIVATIVE
 
     return output if output is not None else bids / DERIVATIVE
 
@@ -257,7 +257,7 @@ def _write_report(
     import torch
 
     from synthseg import __version__
-    from synthseg.html_report import write_html_report
+    from synthseg.reports.html_report import write_html_report
 
     manifest = {
         "command": shlex.join(["synthseg", *sys.argv[1:]]),

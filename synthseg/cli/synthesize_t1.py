@@ -38,7 +38,7 @@ def synthesize_t1(
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Make a T1-weighted image from scans of any contrast, on their own grid."""
-    from synthseg.jobs import SPACING_LIMITS_MM, parse_sizes
+    from synthseg.batch.jobs import SPACING_LIMITS_MM, parse_sizes
 
     by_model = spacing == "model"
     sizes = None if spacing is None or by_model else parse_sizes(spacing, "--spacing", SPACING_LIMITS_MM)

@@ -76,7 +76,7 @@ def templates_fetch(
 ) -> None:  # fmt: skip
     """Download public label maps, check them and import them. Run it again to go on where it stopped."""
     from synthseg.errors import InputError
-    from synthseg.fetch import fetch, find_collection
+    from synthseg.importing.fetch import fetch, find_collection
 
     collection = find_collection(name)
     if folder is not None and mirror:

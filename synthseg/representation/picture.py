@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthseg.mosaic import PLANES, bounding_box, grey_window, take_slice
+from synthseg.reports.mosaic import PLANES, bounding_box, grey_window, take_slice
 from synthseg.volume import Volume, atomic_path
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthseg.claims import held
+from synthseg.batch.claims import held
 from synthseg.errors import OutputError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class VolumeTable:
 
     def add(self, row: Row) -> None:
         """Write a row, and those that could not be written before. Raises OutputError if that fails."""
-        from synthseg.reports import write_volumes_csv
+        from synthseg.reports.volumes import write_volumes_csv
 
         self._waiting[str(row["scan"])] = row
         with held(self.path):
@@ -97,7 +97,7 @@ def columns_of(table: LabelTable, judged: bool) -> list[str]:
     """The columns of rows of a label table, with or without those of the quality."""
     from synthseg.inference import Segmentation
     from synthseg.quality import Quality
-    from synthseg.reports import volume_row
+    from synthseg.reports.volumes import volume_row
 
     nothing_ml = dict.fromkeys(table.names, 0.0)
     quality = Quality({}, None, (), True) if judged else None

@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 
 from synthseg.config import TrainConfig, parse
-from synthseg.discovery import Found, Survey, look, scheme_of, survey
 from synthseg.errors import ConfigError, LabelError, OutputError, TemplateError
-from synthseg.label_tables import unknown_tissues
+from synthseg.importing.discovery import Found, Survey, look, scheme_of, survey
+from synthseg.importing.label_tables import unknown_tissues
 from synthseg.labels import BRAIN_TISSUES, INTRACRANIAL_TISSUES, LabelTable, available_schemes, load_scheme
 from synthseg.templates import check_folder, import_template, read_record
 from synthseg.volume import check_writable, write_text_atomically

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from synthseg.bids import (
+from synthseg.batch.bids import (
     check_description,
     derivative_path,
     find_bids_scans,
@@ -19,9 +19,9 @@ from synthseg.bids import (
     resolution_label,
     write_description,
 )
+from synthseg.batch.jobs import Wanted
 from synthseg.cli import run
 from synthseg.errors import InputError, OutputError
-from synthseg.jobs import Wanted
 from tests.segmenting import fake_checkpoint_module, files, write_scan
 
 VALIDATOR = shutil.which("bids-validator-deno") or shutil.which("bids-validator-deno", path=Path(sys.executable).parent)

@@ -1,20 +1,15 @@
-"""What people look at after a run: a table of volumes, and pictures of the segmentation on the scan."""
+"""One picture of a segmentation: slices of three planes with the labels laid over them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthseg.inference import Segmentation
-from synthseg.labels import INTRACRANIAL_TISSUES, PARENCHYMA_TISSUES, LabelTable, tissue_mask
-from synthseg.mosaic import PLANES, bounding_box, grey_window, slice_positions, take_slice
-from synthseg.volume import Volume, atomic_path, canonical, write_text_atomically
+from synthseg.labels import LabelTable
+from synthseg.reports.mosaic import PLANES, bounding_box, grey_window, slice_positions, take_slice
+from synthseg.volume import Volume, atomic_path, canonical
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,63 +17,6 @@ if TYPE_CHECKING:
 
 _SLICES = 5
 _OPACITY = 0.4
-
-# ------------------------------------------------------------------------------------------------ volumes
-
-
-def volume_row(scan: str, segmentation: Segmentation, table: LabelTable) -> dict[str, str | float]:
-    """One row of the table of volumes.
-
-    ``intracranial`` is brain, ventricles and CSF; ``brain`` is grey and white matter with deep nuclei,
-    cerebellum and brain stem, without ventricles. ``_ml`` counts voxels, ``_soft_ml`` sums probabilities. If the
-    quality was judged, ``predicted_dice`` (NaN where the model has no calibration) and ``passed`` (yes or no) follow.
-    """
-    row: dict[str, str | float] = {"scan": scan}
-    soft_totals_ml = totals_ml(segmentation.soft_ml, table)
-    for name, hard_ml in totals_ml(segmentation.hard_ml, table).items():
-        row[f"{name}_ml"] = hard_ml
-        row[f"{name}_soft_ml"] = soft_totals_ml[name]
-    for name in table.names[1:]:
-        row[f"{name}_ml"] = segmentation.hard_ml[name]
-        row[f"{name}_soft_ml"] = segmentation.soft_ml[name]
-    quality = segmentation.quality
-    if quality is not None:
-        row["predicted_dice"] = math.nan if quality.scan is None else quality.scan
-        row["passed"] = "yes" if quality.passed else "no"
-    return row
-
-
-def totals_ml(volumes_ml: Mapping[str, float], table: LabelTable) -> dict[str, float]:
-    """``intracranial`` and ``brain`` from the volumes of the labels by name; see `volume_row`."""
-    groups = (("intracranial", INTRACRANIAL_TISSUES), ("brain", PARENCHYMA_TISSUES))
-    return {
-        name: sum(volumes_ml[table.names[index]] for index in np.flatnonzero(tissue_mask(table, tissues)))
-        for name, tissues in groups
-    }
-
-
-def write_volumes_csv(path: str | Path, rows: Sequence[Mapping[str, str | float]]) -> None:
-    """Write rows of one structure each, volumes with three decimals (0.001 ml = 1 mm³).
-
-    A name that ends in .tsv makes a table with tabs, any other one with commas. What is not known is ``n/a``, as in
-    BIDS; pandas reads it as missing.
-    """
-    text = io.StringIO()
-    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(rows[0].keys() if rows else ["scan"])
-    for row in rows:
-        writer.writerow([_field(value) for value in row.values()])
-    write_text_atomically(path, text.getvalue())
-
-
-def _field(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.3f}" if math.isfinite(value) else "n/a"
-
-
-# ----------------------------------------------------------------------------------------------- pictures
 
 
 def write_overview(path: str | Path, volume: Volume, labels: np.ndarray, table: LabelTable, title: str = "") -> None:

@@ -13,10 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from synthseg import fetch as fetching
 from synthseg.cli import run
 from synthseg.errors import InputError, TemplateError
-from synthseg.fetch import COLLECTIONS, Collection, Source, fetch, find_collection
+from synthseg.importing import fetch as fetching
+from synthseg.importing.fetch import COLLECTIONS, Collection, Source, fetch, find_collection
 from synthseg.templates import load_template, read_record
 from tests.conftest import tiny_ids
 

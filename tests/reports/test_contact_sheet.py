@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from synthseg.labels import LabelTable
-from synthseg.preview import GAP_PX, PANEL_PX, TITLE_PX, ContactSheet
+from synthseg.reports.contact_sheet import GAP_PX, PANEL_PX, TITLE_PX, ContactSheet
 
 SHAPE = (6, 10, 8)
 
@@ -85,6 +85,6 @@ def test_what_is_written_are_the_pixels_and_the_titles(head: LabelTable, tmp_pat
 
 
 def test_segmenting_does_not_load_it() -> None:
-    code = "import sys, synthseg.batch, synthseg.reports; print('synthseg.preview' in sys.modules)"
+    code = "import sys, synthseg.batch.run, synthseg.reports; print('synthseg.reports.contact_sheet' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert done.stdout.strip() == "False"

@@ -18,7 +18,11 @@ import numpy as np
 import pytest
 
 from synthseg.errors import OutputError
-from synthseg.html_report import (
+from synthseg.inference import Segmentation
+from synthseg.labels import load_scheme
+from synthseg.quality import Quality
+from synthseg.reports.figures import Distribution, timing_bar
+from synthseg.reports.html_report import (
     MANY_SCANS,
     MANY_WIDTH_PX,
     ReportEntry,
@@ -27,10 +31,6 @@ from synthseg.html_report import (
     skipped_entry,
     write_html_report,
 )
-from synthseg.inference import Segmentation
-from synthseg.labels import load_scheme
-from synthseg.quality import Quality
-from synthseg.report_figures import Distribution, timing_bar
 from synthseg.volume import Volume
 
 TABLE = load_scheme("siam16")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from synthseg.errors import LabelError, TemplateError
-from synthseg.label_tables import charm_entries, freesurfer_entries, read_entries, table_from
+from synthseg.importing.label_tables import charm_entries, freesurfer_entries, read_entries, table_from
 from synthseg.labels import LabelTable, available_schemes, load_scheme
 from synthseg.templates import label_map_files, read_label_map
 from synthseg.volume import image_stem, image_suffix

@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import nibabel as nib
 import numpy as np
 
-from synthseg.claims import Claim, remove_leftovers
+from synthseg.batch.claims import Claim, remove_leftovers
+from synthseg.batch.jobs import Job, Wanted
+from synthseg.batch.resume import check_same, existing, without
+from synthseg.batch.volume_table import Row, VolumeTable
 from synthseg.errors import SynthSegError
-from synthseg.jobs import Job, Wanted
 from synthseg.memory import as_shortage
-from synthseg.resume import check_same, existing, without
 from synthseg.targets import Targets
 from synthseg.volume import Volume, image_suffix, load_volume
-from synthseg.volume_table import Row, VolumeTable
 
 if TYPE_CHECKING:
     import torch
 
-    from synthseg.html_report import ReportEntry
     from synthseg.inference import Model, Options, Segmentation
     from synthseg.labels import LabelTable
     from synthseg.quality import Quality
+    from synthseg.reports.html_report import ReportEntry
 
 OVERLAP_BYTES = 512 * 2**20  # a scan (with its probabilities) that takes more is read, segmented and written in turn
 POLL_S = 0.5
@@ -238,7 +238,7 @@ class _Run:
         row = self.settings.table.row(job.name) if self.settings.table is not None else None
         entry = None
         if self.settings.report:
-            from synthseg.html_report import skipped_entry
+            from synthseg.reports.html_report import skipped_entry
 
             entry = skipped_entry(job.name, row=row)
             if self.settings.wanted.spacing_mm is None:
@@ -339,7 +339,7 @@ class _Run:
             with suppress(OSError):
                 scratch.unlink()
         if todo.overview is not None:
-            from synthseg.reports import write_overview
+            from synthseg.reports.overview import write_overview
 
             write_overview(todo.overview, volume, segmentation.labels, segmentation.table, title=job.source.name)
         if job.sidecars is not None:
@@ -357,11 +357,11 @@ class _Run:
             self._colored.add(folder)
 
     def _summary(self, job: Job, volume: Volume, segmentation: Segmentation) -> Outcome:
-        from synthseg.reports import volume_row
+        from synthseg.reports.volumes import volume_row
 
         entry = None
         if self.settings.report:
-            from synthseg.html_report import report_entry
+            from synthseg.reports.html_report import report_entry
 
             entry = report_entry(job.name, volume, segmentation, n_scans=self.n_scans)
         return Outcome(
@@ -378,7 +378,7 @@ class _Run:
         error = as_shortage(error) or error
         entry = None
         if self.settings.report:
-            from synthseg.html_report import failed_entry
+            from synthseg.reports.html_report import failed_entry
 
             entry = failed_entry(job.name, str(error))
         return Outcome(job, "failed", error, entry=entry)

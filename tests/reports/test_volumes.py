@@ -10,7 +10,8 @@ from matplotlib.image import imread
 from synthseg.inference import Segmentation
 from synthseg.labels import load_scheme
 from synthseg.quality import Quality
-from synthseg.reports import overview_figure, volume_row, write_overview, write_volumes_csv
+from synthseg.reports.overview import overview_figure, write_overview
+from synthseg.reports.volumes import volume_row, write_volumes_csv
 from synthseg.volume import Volume
 
 TABLE = load_scheme("siam16")

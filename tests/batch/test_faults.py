@@ -22,8 +22,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from synthseg.batch.resume import damage
 from synthseg.cli import run
-from synthseg.resume import damage
 from tests.segmenting import SCRIPT, fake_checkpoint_module, write_scan
 
 ROOT = SCRIPT.parents[1]

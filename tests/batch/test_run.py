@@ -12,17 +12,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from synthseg import batch
-from synthseg.batch import Outcome, Settings, run_jobs
-from synthseg.claims import Claim, remove_leftovers
+from synthseg.batch import run
+from synthseg.batch.claims import Claim, remove_leftovers
+from synthseg.batch.jobs import Job, Wanted, check_jobs, file_word, parse_sizes, plan_jobs
+from synthseg.batch.resume import check_same, damage
+from synthseg.batch.run import Outcome, Settings, run_jobs
+from synthseg.batch.volume_table import VolumeTable
 from synthseg.errors import OutputError
 from synthseg.inference import Options
 from synthseg.inputs import find_scans
-from synthseg.jobs import Job, Wanted, check_jobs, file_word, parse_sizes, plan_jobs
 from synthseg.outputs import facts_of, write_outputs
-from synthseg.resume import check_same, damage
 from synthseg.volume import Volume, load_volume
-from synthseg.volume_table import VolumeTable
 from tests.segmenting import Fake, Levels, files, write_scan
 
 WAIT_S = 20.0
@@ -62,7 +62,7 @@ def test_the_next_scan_is_read_while_the_network_runs(tmp_path: Path, monkeypatc
         read[int(path.name[1])].set()
         return load_volume(path)
 
-    monkeypatch.setattr(batch, "load_volume", load)
+    monkeypatch.setattr(run, "load_volume", load)
     network = Meeting(lambda count: count == 4 or read[count].wait(WAIT_S))
     outcomes = run_jobs(make_jobs(tmp_path, 4), Fake(network))
     assert statuses(outcomes) == ["done"] * 4
@@ -103,7 +103,7 @@ def test_at_most_one_scan_waits_on_either_side(tmp_path: Path, monkeypatch: pyte
         time.sleep(0.1)  # the slowest step
         write_outputs(*arguments, **options)
 
-    monkeypatch.setattr(batch, "load_volume", load)
+    monkeypatch.setattr(run, "load_volume", load)
     monkeypatch.setattr("synthseg.outputs.write_outputs", write)
     outcomes = run_jobs(make_jobs(tmp_path, 8), Fake())
     assert statuses(outcomes) == ["done"] * 8
@@ -122,8 +122,8 @@ def test_large_scans_are_done_one_after_another(tmp_path: Path, monkeypatch: pyt
         write_outputs(targets, *arguments, **options)
         events.append(f"wrote {targets.labels.name[1]}")
 
-    monkeypatch.setattr(batch, "OVERLAP_BYTES", 0)
-    monkeypatch.setattr(batch, "load_volume", load)
+    monkeypatch.setattr(run, "OVERLAP_BYTES", 0)
+    monkeypatch.setattr(run, "load_volume", load)
     monkeypatch.setattr("synthseg.outputs.write_outputs", write)
     run_jobs(make_jobs(tmp_path, 3), Fake())
     assert events == ["read 0", "wrote 0", "read 1", "wrote 1", "read 2", "wrote 2"]
@@ -406,7 +406,7 @@ def test_a_row_that_could_not_be_written_is_written_with_the_next(
         raise OutputError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("synthseg.reports.write_volumes_csv", full)
+        patched.setattr("synthseg.reports.volumes.write_volumes_csv", full)
         with pytest.raises(OutputError):
             table.add({"scan": "a", "x_ml": 1.0})
     table.add({"scan": "b", "x_ml": 2.0})

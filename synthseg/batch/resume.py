@@ -15,8 +15,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from synthseg.batch.jobs import Job, Wanted
 from synthseg.errors import OutputError, SynthSegError
-from synthseg.jobs import Job, Wanted
 from synthseg.labels import BRAIN_TISSUES, LabelTable
 from synthseg.outputs import facts_of
 from synthseg.surfaces import BONE_TISSUES

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from synthseg.config import TrainConfig, parse
-from synthseg.discovery import Found, Survey, look, scheme_of, survey
 from synthseg.errors import LabelError, TemplateError
-from synthseg.recipes import LARGEST_PATCH, Machine, choose_grid, hold_out, slug, write_recipe
+from synthseg.importing.discovery import Found, Survey, look, scheme_of, survey
+from synthseg.importing.recipes import LARGEST_PATCH, Machine, choose_grid, hold_out, slug, write_recipe
 
 CPU = Machine("cpu", 2, False)
 GPU = Machine("cuda", 16, True)

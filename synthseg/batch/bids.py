@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthseg import __version__
+from synthseg.batch.jobs import MESH_SUFFIX, Job, Wanted, overview_path
 from synthseg.errors import InputError, OutputError
-from synthseg.jobs import MESH_SUFFIX, Job, Wanted, overview_path
 from synthseg.targets import Targets
 from synthseg.volume import write_text_atomically
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from synthseg.errors import LabelError
-from synthseg.label_tables import (
+from synthseg.importing.label_tables import (
     charm_entries,
     freesurfer_entries,
     other_side,

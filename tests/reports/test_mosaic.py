@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from synthseg.errors import LabelError
 from synthseg.labels import load_scheme
-from synthseg.mosaic import draw_mosaic, grey_window
+from synthseg.reports.mosaic import draw_mosaic, grey_window
 from synthseg.volume import Volume
 
 TABLE = load_scheme("siam16")

@@ -2,7 +2,7 @@
 
 The file needs no network and loads nothing: style, script and pictures are inside, and its content security policy
 allows nothing else. What comes from outside (names of files, messages, the manifest) is escaped by the templates of
-``synthseg/report_page``.
+``page``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from synthseg.labels import LabelTable
-from synthseg.mosaic import WIDTH_PX, Mosaic, draw_mosaic
-from synthseg.report_figures import Distribution, timing_bar
-from synthseg.reports import totals_ml, volume_row
+from synthseg.reports.figures import Distribution, timing_bar
+from synthseg.reports.mosaic import WIDTH_PX, Mosaic, draw_mosaic
+from synthseg.reports.volumes import totals_ml, volume_row
 from synthseg.volume import Volume, atomic_path
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def write_html_report(path: Path, entries: Sequence[ReportEntry], manifest: Mapp
     import jinja2
     from markupsafe import Markup
 
-    folder = Path(__file__).with_name("report_page")
+    folder = Path(__file__).with_name("page")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
