@@ -88,9 +88,10 @@ class Borders:
     def shift_for(self, own: tuple[int, ...], other: tuple[int, ...], voxels: float) -> float:
         """How far the border of ``other`` must move for this many voxels of ``own`` to become ``other``, in mm."""
         margins = self.margins(own, other)
-        if len(margins) == 0 or voxels <= 0:
+        count = min(round(voxels), len(margins))
+        if count < 1:
             return 0.0
-        return float(margins[min(round(voxels), len(margins)) - 1]) + 1e-6
+        return float(margins[count - 1]) + 1e-6
 
 
 def borders_of(template: Template) -> Borders:

@@ -108,7 +108,7 @@ def test_margins_are_distances_to_the_border(head: LabelTable) -> None:
     assert np.corrcoef(found[near], truth[near])[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("ratio", [0.6, 0.8, 1.2, 1.5])
+@pytest.mark.parametrize("ratio", [0.6, 0.8, 0.9999, 1.0001, 1.2, 1.5])
 def test_a_nucleus_gets_the_volume_asked_for(template: Template, ratio: float) -> None:
     changed = change_labels(template, plan(volume_ratio={NAMES["thalamus"]: ratio}))
     before = volume(template.labels, template, "thalamus")
