@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from synthseg.cli.base import DebugOption, DeviceOption, SetOption, ThreadsOption, app, prepare_torch
-from synthseg.cli.runs import carry_out, check_run_folder, take_over
+from synthseg.cli.runs import (
+    DevicesOption,
+    DryRunOption,
+    NodesOption,
+    ResumeOption,
+    RunFolderOption,
+    carry_out,
+    check_run_folder,
+    take_over,
+)
 
 if TYPE_CHECKING:
     from synthseg.config import FinetuneConfig
@@ -43,18 +52,16 @@ def finetune(
     scheme: Annotated[
         str | None, typer.Option(metavar="NAME|JSON", help="Classes, and ids of the label maps of --images.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Run folder. Default: runs/<name>.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    output: RunFolderOption = None,
+    resume: ResumeOption = False,
     settings: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, draw the first batch and stop.")] = False,
+    dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="Devices on each computer (processes on a CPU).")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Computers, under SLURM or torchrun.")] = 1,
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     threads: ThreadsOption = None,
     debug: DebugOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train one layer for a task on the features of a network, from synthetic or a few real images."""
     config = load_recipe(recipe, task, settings or [], start, frozen, few_shot, templates, images, scheme)
     folder = output or Path("runs") / config.name

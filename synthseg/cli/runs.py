@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from synthseg.training.run import Run
 
 R = TypeVar("R", bound="RunConfig")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe YAML, or the name of one that ships.")]
+RunFolderOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Run folder. Default: runs/<name>.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+StartOption = Annotated[
+    str | None, typer.Option("--from", "--init", metavar="MODEL", help="Start from a model that ships, or a file.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, draw the first batch and stop.")]
+DevicesOption = Annotated[int, typer.Option("--devices", min=1, help="Devices on each computer (processes on a CPU).")]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Computers, under SLURM or torchrun.")]
 
 
 def read_recipe(model: type[R], recipe: str, settings: list[str], start: str | None = None) -> R:

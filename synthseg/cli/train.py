@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from synthseg.cli.base import DebugOption, DeviceOption, SetOption, ThreadsOption, app, prepare_torch
-from synthseg.cli.runs import carry_out, check_run_folder, read_recipe
+from synthseg.cli.runs import (
+    DevicesOption,
+    DryRunOption,
+    NodesOption,
+    RecipeArgument,
+    ResumeOption,
+    RunFolderOption,
+    StartOption,
+    carry_out,
+    check_run_folder,
+    read_recipe,
+)
 
 if TYPE_CHECKING:
     from synthseg.config import TrainConfig
@@ -16,23 +25,18 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe YAML, or the name of one that ships.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Run folder. Default: runs/<name>.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    recipe: RecipeArgument,
+    output: RunFolderOption = None,
+    resume: ResumeOption = False,
     settings: SetOption = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", "--init", metavar="MODEL", help="Start from a model that ships, or a file."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, draw the first batch and stop.")] = False,
+    start: StartOption = None,
+    dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="Devices on each computer (processes on a CPU).")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Computers, under SLURM or torchrun.")] = 1,
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     threads: ThreadsOption = None,
     debug: DebugOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a network on synthetic images of label templates."""
     config = load_recipe(recipe, settings or [], start)
     folder = output or Path("runs") / config.name
