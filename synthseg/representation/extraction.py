@@ -109,16 +109,25 @@ def extract(
     Raises ConfigError on a level that the network does not have, InputError if the field of view is too large for a
     head, CheckpointError if the network gives no numbers, and DeviceError if the device has too little memory.
     """
-    wanted = check_levels(model.network, levels)
     with torch.inference_mode():
-        whole = canonical(volume)
-        ras = crop(whole, head_box(whole))
-        check_size(ras, model.voxel_size_mm, 1)
-        channels = sum(model.network.channels[level] for level in wanted)
-        _check_values(ras, model.voxel_size_mm * cell_of(model.network, max(wanted)), channels)
-        image = conform(ras, model.voxel_size_mm)
-        grid = centred_grid(ras, tuple(image.shape), [model.voxel_size_mm] * 3)  # type: ignore[arg-type]
-        return extract_image(image, model, device, wanted, affine=grid.affine, mixed_precision=mixed_precision)
+        image, affine = conformed(volume, model, levels)
+        return extract_image(image, model, device, levels, affine=affine, mixed_precision=mixed_precision)
+
+
+def conformed(volume: Volume, model: Model, levels: Sequence[int] = (-1,)) -> tuple[torch.Tensor, np.ndarray]:
+    """What the network is shown of a scan: the head, float32 (D, H, W) in [0, 1], axes in RAS+ order, and its affine.
+
+    Raises ConfigError and InputError as `extract`.
+    """
+    wanted = check_levels(model.network, levels)
+    whole = canonical(volume)
+    ras = crop(whole, head_box(whole))
+    check_size(ras, model.voxel_size_mm, 1)
+    channels = sum(model.network.channels[level] for level in wanted)
+    _check_values(ras, model.voxel_size_mm * cell_of(model.network, max(wanted)), channels)
+    image = conform(ras, model.voxel_size_mm)
+    d, h, w = image.shape
+    return image, centred_grid(ras, (d, h, w), [model.voxel_size_mm] * 3).affine
 
 
 def extract_image(

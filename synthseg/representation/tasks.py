@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from synthseg.conforming import conform, crop, head_box
 from synthseg.errors import CheckpointError, InputError
 from synthseg.intensity import fill_as_air, finite, foreground, looks_like_hounsfield
 from synthseg.networks.task_heads import CHANNELS, DARK, result_of
-from synthseg.posteriors import Grid, centred_grid, scan_grid, spacing_grid
+from synthseg.posteriors import Grid, scan_grid, spacing_grid
 from synthseg.representation import extraction
 from synthseg.volume import Volume, apply_separable, canonical, from_canonical, resampling_matrix
 
@@ -72,10 +71,11 @@ def run_task(volume: Volume, model: Model, task: str, device: torch.device | str
     if expected is not None and found != expected:
         raise CheckpointError(f"its head {name} has {found} channels, expected {expected} for {task}; train it again")
     with torch.inference_mode():
-        features = extraction.extract(volume, model, device, (-1,))
+        image, at = extraction.conformed(volume, model)
+        features = extraction.extract_image(image, model, device, affine=at)
         values = model.network.head(name, features.values[None].float().to(device)).cpu()
         affine = _fine_affine(features.affine, int(model.network.config.subpixel))
-        image = _image_on(volume, affine, values.shape[2:], model.voxel_size_mm)
+        image = _placed(image, at, affine, values.shape[2:])
         result = result_of(task, values, image[None, None], model.voxel_size_mm)[0]
     return Result(result, image[None], affine)
 
@@ -164,13 +164,8 @@ def _fine_affine(affine: np.ndarray, cells: int) -> np.ndarray:
     return fine
 
 
-def _image_on(volume: Volume, affine: np.ndarray, shape: torch.Size, voxel_size_mm: float) -> torch.Tensor:
-    """The conformed image of a scan on the voxels that the network's values are of, 0 where it was padded."""
-    whole = canonical(volume)
-    ras = crop(whole, head_box(whole))
-    image = conform(ras, voxel_size_mm)
-    d, h, w = image.shape
-    own = centred_grid(ras, (d, h, w), [voxel_size_mm] * 3).affine
+def _placed(image: torch.Tensor, own: np.ndarray, affine: np.ndarray, shape: torch.Size) -> torch.Tensor:
+    """An image (D, H, W) with affine ``own`` on another grid of its voxels, 0 where it shows nothing."""
     before = -np.rint((np.linalg.inv(own) @ affine)[:3, 3]).astype(int)
     padding: list[int] = []
     for n, wanted, first in zip(image.shape, shape, before.tolist(), strict=True):
