@@ -130,12 +130,15 @@ def _cleaning(data: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
     corners = data[tuple(slice(None, None, max(1, n - 1)) for n in data.shape)]
     filling = intensity.filled_with(finite(_as_tensor(corners)), lowest, share)
 
+    index = np.unravel_index(intensity.spread_index(data.size).numpy(), data.shape)
+    sample = finite(_as_tensor(data[index]))
+    air = lowest if filling is None else intensity.air_beside(filling, sample, lowest)
+
     def filled(part: torch.Tensor) -> torch.Tensor:
         part = finite(part)
-        return part if filling is None else torch.where(part == filling, lowest, part)
+        return part if filling is None else torch.where(part == filling, air, part)
 
-    index = np.unravel_index(intensity.spread_index(data.size).numpy(), data.shape)
-    if not intensity.is_hounsfield(filled(_as_tensor(data[index])), lowest, highest):
+    if not intensity.is_hounsfield(filled(sample), lowest, highest):
         return filled
     return lambda part: filled(part).clamp(*intensity.CT_WINDOW_HU)
 

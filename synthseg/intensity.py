@@ -42,9 +42,12 @@ def fill_as_air(image: torch.Tensor) -> torch.Tensor:
     Standardised skull-stripped scans hold zero around a brain of positive and negative values.
     """
     corners = image[:: max(1, image.shape[0] - 1), :: max(1, image.shape[1] - 1), :: max(1, image.shape[2] - 1)]
-    lowest = image.min()
-    value = filled_with(corners, float(lowest), lambda value: float((image == value).float().mean()))
-    return image if value is None else torch.where(image == value, lowest, image)
+    lowest = float(image.min())
+    value = filled_with(corners, lowest, lambda value: float((image == value).float().mean()))
+    if value is None:
+        return image
+    air = air_beside(value, _spread_sample(image.flatten()), lowest)
+    return torch.where(image == value, torch.as_tensor(air, dtype=image.dtype, device=image.device), image)
 
 
 def filled_with(corners: torch.Tensor, lowest: float, share: Callable[[float], float]) -> float | None:
@@ -56,6 +59,18 @@ def filled_with(corners: torch.Tensor, lowest: float, share: Callable[[float], f
     if value == lowest or (corners == value).float().mean() < 0.6 or share(value) < 0.2:
         return None
     return value
+
+
+def air_beside(filling: float, sample: torch.Tensor, lowest: float) -> float:
+    """What voxels that hold ``filling`` are given as air: the lowest value of the image, from a sample of its voxels.
+
+    A few voxels that lie further below all others than these span (an overflow, a spline's overshoot) do not count.
+    """
+    head = sample[sample != filling]
+    if head.numel() == 0:
+        return lowest
+    floor, ceiling = float(_quantile(head, 0.001)), float(_quantile(head, 0.99))
+    return lowest if floor - lowest <= ceiling - floor else min(floor, filling)
 
 
 def finite(image: torch.Tensor) -> torch.Tensor:

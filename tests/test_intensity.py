@@ -250,6 +250,17 @@ def test_the_fill_value_of_a_standardised_stripped_scan_becomes_its_minimum() ->
     assert float(image[0, 0, 0]) == 0.0  # the input is not modified
 
 
+def test_a_few_voxels_far_below_a_stripped_scan_do_not_make_its_background_theirs() -> None:
+    image = torch.zeros(24, 25, 26)
+    image[6:18, 6:18, 6:18] = 300 + 100 * torch.rand(12, 12, 12, generator=torch.Generator().manual_seed(0))
+    expected = normalise(fill_as_air(image))
+    image[10, 10, 10] = -30_000.0
+    assert float(fill_as_air(image)[0, 0, 0]) == 0.0
+    found = normalise(fill_as_air(image))
+    found[10, 10, 10] = expected[10, 10, 10]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+
+
 def test_a_scan_without_a_fill_value_is_left_alone() -> None:
     for image in (scan(), scan(-1000, 30, 900), scan(0, 0.4, 2.5, 0.0)):
         torch.testing.assert_close(fill_as_air(image), image)
