@@ -26,6 +26,8 @@ from synthseg.volume import IMAGE_SUFFIXES, Volume, canonical, image_stem, image
 
 DURA_ID, CSF_ID, BONE_IDS = 540, 24, (515, 516)
 DURA_THICKNESS_MM = 1.2
+SPECK = 0.002  # of the largest piece of a map; the largest speck of the public maps has 0.001
+SPECKS = 0.1  # of the voxels of a label; of those of the public maps at most 0.01
 # BrainWeb's grey and white matter -> their derived deep labels, and where deep is: left-right from the middle in brain
 # widths; front-back from the back, and down from the top, in brain lengths. Measured on maps that draw the nuclei.
 DEEP_OF = {2: 12, 3: 13}
@@ -142,9 +144,9 @@ def check_folder(folder: Path, scheme: str | None = None) -> tuple[list[str], li
         if file.name != "labels.nii.gz":
             geometry[file] = volume
         problems += _image_mismatch(file, volume)
-        apart = int((volume.data != keep_head(volume.data)).sum())
-        if apart:
-            notes.append(f"{file}: {apart} voxels lie apart from the head; 'templates import' removes them")
+        specks = np.count_nonzero(volume.data != remove_specks(volume.data))
+        if specks:
+            notes.append(f"{file}: {specks} voxels are specks apart from the rest; 'templates import' removes them")
     return problems + _odd_ones_out(geometry), notes
 
 
@@ -175,19 +177,30 @@ def _odd_ones_out(volumes: dict[Path, Volume]) -> list[str]:
     ]
 
 
-def keep_head(data: np.ndarray) -> np.ndarray:
-    """Remove what lies apart from the largest connected component of the head."""
-    components, count = ndimage.label(data > 0)
+def remove_specks(data: np.ndarray) -> np.ndarray:
+    """Remove the connected pieces that are smaller than ``SPECK`` of the largest.
+
+    Where more than ``SPECKS`` of a label would go, the pieces that hold it are structures, and stay.
+    """
+    pieces, count = ndimage.label(data > 0)
     if count < 2:
         return data
-    sizes = np.bincount(components.ravel())
+    sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    return np.where(components == sizes.argmax(), data, 0)
+    speck = (sizes > 0) & (sizes < SPECK * sizes.max())
+    inside = speck[pieces]
+    labels, lost = np.unique(data[inside], return_counts=True)
+    kept = [label for label, n in zip(labels, lost, strict=True) if n > SPECKS * np.count_nonzero(data == label)]
+    speck[pieces[inside & np.isin(data, kept)]] = False
+    return np.where(speck[pieces], 0, data)
 
 
 def add_dura(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Derive dura as the CSF within ``DURA_THICKNESS_MM`` of bone: a thin layer under the inner table of the skull."""
-    distance = ndimage.distance_transform_edt(~np.isin(data, BONE_IDS), sampling=spacing_mm)
+    bone = np.isin(data, BONE_IDS)
+    if not bone.any():
+        return data
+    distance = ndimage.distance_transform_edt(~bone, sampling=spacing_mm)
     return np.where((data == CSF_ID) & (distance <= DURA_THICKNESS_MM), DURA_ID, data)
 
 
@@ -230,11 +243,13 @@ def import_template(
     table = load_scheme(scheme)
     volume = read_label_map(file)
     table.to_index(volume.data, str(file))
-    data = keep_head(volume.data)
+    data = remove_specks(volume.data)
+    removed = int(np.count_nonzero(volume.data != data))
     derived: dict[str, str] = {}
     if DURA_ID in table.index_of and not (data == DURA_ID).any():
         data = add_dura(data, np.array(volume.spacing_mm))
-        derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
+        if (data == DURA_ID).any():
+            derived[str(DURA_ID)] = f"CSF within {DURA_THICKNESS_MM} mm of the skull (not drawn by hand)"
     if table.name == "brainweb":
         data = mark_deep(data)
         derived |= {str(i): "around the deep nuclei and the brain stem (a box, not drawn)" for i in DEEP_OF.values()}
@@ -250,6 +265,7 @@ def import_template(
         "name": name,
         "scheme": own_scheme.name if own_scheme else scheme,
         "derived": derived,
+        **({"removed_voxels": removed} if removed else {}),
         "source": source or file.name,
         **(more or {}),
         "labels": {str(i): table[int(i)].name for i in present},
@@ -263,10 +279,17 @@ def import_template(
         (folder / "labels.json").write_text(json.dumps(record, indent=2) + "\n")
         lines = [f"# {name}", "", f"Imported from `{source or file.name}` with scheme `{scheme}`."]
         lines += [f"Derived, not drawn: {table[int(i)].name} = {how}." for i, how in derived.items()]
+        lines += [f"Removed: {removed} voxels in specks apart from the rest."] if removed else []
         lines += ["", *(f"- {key}: {value}" for key, value in more.items())] if more else []
         (folder / "SOURCE.md").write_text("\n".join(lines) + "\n")
         os.replace(folder, target)
     return target
+
+
+def removal_note(folder: Path) -> str:
+    """What the import of a template removed, in words; empty if nothing."""
+    removed = read_record(folder).get("removed_voxels", 0)
+    return f"{folder}: {removed} voxels in specks apart from the rest were removed at import" if removed else ""
 
 
 def _template_name(file: Path) -> str:

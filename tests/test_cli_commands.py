@@ -110,6 +110,10 @@ def test_generate_refuses_to_replace_and_unknown_keys(tmp_path: Path, capsys: py
     assert (tmp_path / "a" / "0000_image.nii.gz").read_bytes() == before
     assert run(["generate", "-o", str(tmp_path / "b"), "--set", "artefacts.gama_std=1"]) == 2
     assert "did you mean 'gamma_std'?" in one_error(capsys)
+    assert (
+        run(["generate", "-o", str(tmp_path / "b"), *SMALL, "--set", "contrast.named_weights={t1: 1, t9: 0.01}"]) == 2
+    )
+    assert "t9" in one_error(capsys)
     assert run(["generate", "-o", str(tmp_path / "b"), "--template", "nobody"]) == 2
     assert "nobody" in one_error(capsys)
     (tmp_path / "text.json").write_text("not a plan")
@@ -255,12 +259,13 @@ def test_templates_check_passes_a_good_folder(tmp_path: Path, capsys: pytest.Cap
     assert "2 label maps, 0 problems" in capsys.readouterr().out
 
 
-def test_templates_import_reorients_cleans_and_derives_dura(tmp_path: Path) -> None:
+def test_templates_import_reorients_cleans_and_derives_dura(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = head_map()
     data[0, 0, 0] = 511  # a speck in the air
     source = write_map(tmp_path / "in" / "sub.nii.gz", data, spacing=(1.0, 1.0, 1.0))
     assert run(["templates", "import", str(source), "--scheme", "head", "-o", str(tmp_path / "out")]) == 0
     folder = tmp_path / "out" / "sub"
+    assert f"note: {folder}: 1 voxels in specks apart from the rest were removed at import" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == ["SOURCE.md", "labels.json", "labels.nii.gz"]
     image = nib.load(folder / "labels.nii.gz")
     labels = np.asarray(image.dataobj)

@@ -82,6 +82,21 @@ def test_init_imports_holds_out_and_writes_a_recipe_that_trains(
     assert set(record["validation"]["dice"]["t1"]) >= {"Skin", "White", "Odd-Thing"}
 
 
+def test_init_keeps_apart_structures_and_says_what_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = np.zeros((20, 24, 22), np.int16)
+    data[1:9, 2:18, 2:18] = 17
+    data[11:19, 2:18, 2:18] = 53
+    data[10, 22, 20] = 17
+    (tmp_path / "maps").mkdir()
+    nib.save(nib.Nifti1Image(data, np.diag([2.0, 1.5, 3.0, 1.0])), tmp_path / "maps" / "a.nii.gz")
+    arguments = ["--templates", str(tmp_path / "maps"), "--scheme", "freesurfer", "--classes", "freesurfer"]
+    assert run(["init", str(tmp_path / "mine"), *arguments]) == 0
+    folder = tmp_path / "mine" / "templates" / "a"
+    assert f"note: {folder}: 1 voxels in specks" in capsys.readouterr().err
+    labels = np.asarray(nib.load(folder / "labels.nii.gz").dataobj)
+    assert [(labels == i).sum() for i in (17, 53)] == [8 * 16 * 16] * 2
+
+
 def test_init_takes_imported_templates_as_they_are(tmp_path: Path) -> None:
     write_maps(tmp_path / "maps", 2)
     scheme = {"name": "old", "labels": [{"id": i, "name": f"s{i}"} for i in range(7)]}
@@ -140,6 +155,12 @@ def test_init_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFix
         assert run(["init", str(out), *arguments]) == 2, arguments
         assert word in one_error(capsys)
         assert not out.exists()
+    (tmp_path / "large").mkdir()
+    nib.save(nib.Nifti1Image(head_map().astype(np.int32) * 8000, np.eye(4)), tmp_path / "large" / "a.nii.gz")
+    names.write_text("".join(f"{8000 * i} N{i}\n" for i in range(1, 7)))
+    assert run(["init", str(out), "--templates", str(tmp_path / "large"), "--labels", str(names)]) == 2
+    assert "the maps hold the ids [40000, 48000], but ids end at 32767" in one_error(capsys)
+    assert not out.exists()
     names.write_text(NAMES)
     assert run(["init", str(out), "--templates", maps, "--labels", str(names), "--classes", "siam16"]) == 2
     assert "what Odd-Thing is in siam16 cannot be told" in one_error(capsys)

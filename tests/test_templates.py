@@ -8,7 +8,15 @@ import pytest
 from scipy import ndimage
 
 from synthseg.paths import data_dir
-from synthseg.templates import DEEP_OF, import_template, load_template, mark_deep, read_record
+from synthseg.templates import (
+    DEEP_OF,
+    check_folder,
+    import_template,
+    load_template,
+    mark_deep,
+    read_record,
+    remove_specks,
+)
 
 
 def brainweb_ball(shape: tuple[int, int, int] = (70, 84, 72)) -> np.ndarray:
@@ -57,6 +65,62 @@ def test_import_records_licence_and_citation(tmp_path: Path) -> None:
     assert folder.name == record["name"] == "other"
     assert (record["source"], record["license"], record["citation"]) == ("a server", "terms", "somebody")
     assert "- citation: somebody" in (folder / "SOURCE.md").read_text()
+
+
+def parts() -> np.ndarray:
+    """One structure on two sides, a larger one above, and crumbs of two labels; nothing touches."""
+    data = np.zeros((30, 24, 40), np.int32)
+    data[2:8, 2:8, 2:8] = 17
+    data[20:26, 2:8, 2:8] = 53
+    data[2:28, 2:22, 20:38] = 2
+    data[15, 15, 5] = 26  # all that there is of it
+    data[15, 18, 5] = 2
+    return data
+
+
+def test_pieces_of_structures_stay_and_specks_go() -> None:
+    before = parts()
+    np.testing.assert_array_equal(
+        np.flatnonzero(before != remove_specks(before)), [np.ravel_multi_index((15, 18, 5), before.shape)]
+    )
+    same = np.where(before == 53, 17, before)  # one id on both sides
+    assert (remove_specks(same) == 17).sum() == 2 * 6**3
+    scattered = np.zeros_like(before)
+    scattered[2:28, 2:22, 20:38] = 2
+    scattered[2:28:3, 2:22:3, 2:17:3] = 514
+    scattered[2:4, 2, 20] = 514  # a little of it lies inside
+    np.testing.assert_array_equal(remove_specks(scattered), scattered)
+    assert (before == parts()).all()
+
+
+def test_a_piece_of_a_thousandth_is_a_speck_and_one_of_three_is_none() -> None:
+    data = np.zeros((20, 30, 20), np.int32)
+    data[:, :20] = 3  # 8000 voxels
+    data[:2, 25:27, :2] = 3
+    data[10:14, 25:28, :2] = 3
+    after = remove_specks(data)
+    assert (after[:2, 25:27, :2] == 0).all()
+    assert (after[10:14, 25:28, :2] == 3).all()
+
+
+def test_import_says_how_much_it_removed(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(parts(), np.diag([1.0, 1.5, 2.0, 1.0])), tmp_path / "parts.nii.gz")
+    assert "1 voxels are specks" in check_folder(tmp_path, "freesurfer")[1][0]
+    folder = import_template(tmp_path / "parts.nii.gz", "freesurfer", tmp_path / "out")
+    assert read_record(folder)["removed_voxels"] == 1
+    assert set(read_record(folder)["labels"]) == {"0", "2", "17", "26", "53"}
+    assert "Removed: 1 voxels" in (folder / "SOURCE.md").read_text()
+    again = import_template(folder / "labels.nii.gz", "freesurfer", tmp_path / "again")
+    assert "removed_voxels" not in read_record(again)
+
+
+def test_without_bone_no_dura_is_derived(tmp_path: Path) -> None:
+    data = np.full((6, 8, 7), 24, np.uint8)
+    data[2:4, 2:6, 2:5] = 2
+    nib.save(nib.Nifti1Image(data, np.diag([1.0, 1.5, 2.0, 1.0])), tmp_path / "brain.nii.gz")
+    folder = import_template(tmp_path / "brain.nii.gz", "head", tmp_path / "out")
+    assert read_record(folder)["derived"] == {}
+    np.testing.assert_array_equal(nib.load(folder / "labels.nii.gz").dataobj, data)
 
 
 # ------------------------------------------------------------------------------------------ the Colin27 template

@@ -24,7 +24,7 @@ def init(
         str | None, typer.Option(help="What the ids mean: head, brainweb, siam16 or a JSON file.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Names of the ids: a FreeSurfer colour table or a dseg.tsv.")
+        Path | None, typer.Option(metavar="FILE", help="Names of the ids: a FreeSurfer or ITK-SNAP table or dseg.tsv.")
     ] = None,
     classes: Annotated[
         str | None,
@@ -42,6 +42,7 @@ def init(
     from synthseg.config import TrainConfig, parse
     from synthseg.errors import ConfigError
     from synthseg.importing.recipes import start_project
+    from synthseg.templates import label_map_files, removal_note
 
     base: tuple[str, TrainConfig] | None = None
     if start and voxel_size:
@@ -55,4 +56,8 @@ def init(
         grid = {key: trained["generator"][key] for key in ("voxel_size_mm", "shape")}  # that of features has more
         base = (name, parse(TrainConfig, {"network": trained["network"], "generator": grid}, str(file)))
     recipe = start_project(folder, templates, scheme, labels, classes, base, voxel_size, say)
+    for part in (recipe.parent / "templates", recipe.parent / "held_out"):
+        for file in label_map_files(part) if part.is_dir() else []:
+            if note := removal_note(file.parent):
+                say(f"note: {note}")
     say(f"recipe: {recipe}; look at the first images with: synthseg train {recipe} --dry-run")

@@ -49,12 +49,17 @@ def templates_import(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of templates to add to.")],
     debug: DebugOption = False,
 ) -> None:
-    """Bring label maps into the project's format: checked, RAS+, without islands, dura derived where missing."""
-    from synthseg.templates import import_templates
+    """Bring label maps into the project's format: checked, RAS+, without specks, dura derived where missing."""
+    from synthseg.templates import import_templates, removal_note
     from synthseg.volume import check_writable
 
+    def tell(folder: Path) -> None:
+        say(str(folder))
+        if note := removal_note(folder):
+            say(f"note: {note}")
+
     check_writable(output / "labels.nii.gz")
-    import_templates(source, scheme, output, lambda folder: say(str(folder)))
+    import_templates(source, scheme, output, tell)
 
 
 @templates_app.command("fetch")

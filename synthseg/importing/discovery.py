@@ -192,6 +192,6 @@ def how_to_write(ids: Sequence[int], fitting: Sequence[str]) -> str:
     fit = f"they fit the schemes {', '.join(fitting)}: name the right one with --scheme; or " if fitting else ""
     return (
         f"the maps hold the ids {shown}, and nothing says what they mean; {fit}write a text file with one line "
-        "'id name' each, such as '2 Left-Putamen' (a FreeSurfer colour table or a dseg.tsv will do), and give it "
-        "with --labels FILE"
+        "'id name' each, such as '2 Left-Putamen' (a table of FreeSurfer or ITK-SNAP or a dseg.tsv will do), and "
+        "give it with --labels FILE"
     )

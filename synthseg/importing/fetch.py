@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from synthseg.errors import InputError, TemplateError
-from synthseg.templates import import_template, read_record
+from synthseg.templates import import_template, read_record, removal_note
 from synthseg.volume import Volume, canonical, check_writable, image_suffix, load_volume, save_label_map
 
 DOWNLOADS = ".fetch"  # in the output folder, until the maps are imported
@@ -220,6 +220,8 @@ def fetch(
             files[source.name].unlink(missing_ok=True)
         known = "as known" if source.sha256 else "not known before, now recorded in labels.json"
         tell(f"{out / source.name}: sha256 {digests[source.name]} ({known})")
+        if note := removal_note(out / source.name):
+            tell(f"note: {note}")
         result.imported.append(source.name)
     shutil.rmtree(downloads, ignore_errors=True)
     return result

@@ -1,8 +1,8 @@
 """Label tables of maps that no shipped scheme describes, from the tables that other tools write beside their maps.
 
-Read are FreeSurfer colour tables (``id name R G B A``, as CHARM's ``*_LUT.txt``; the colour may be left out) and the
-``dseg.tsv`` of BIDS (columns ``index``, ``name``, perhaps ``color``). Tissue and left/right partner are guessed from
-the names, since such tables do not say them.
+Read are FreeSurfer colour tables (``id name R G B A``, as CHARM's ``*_LUT.txt``; the colour may be left out), the label
+descriptions of ITK-SNAP (``id R G B A VIS MSH "name"``) and the ``dseg.tsv`` of BIDS (columns ``index``, ``name``,
+perhaps ``color``). Tissue and left/right partner are guessed from the names, since such tables do not say them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from synthseg.errors import LabelError
-from synthseg.labels import Label, LabelTable, load_scheme
+from synthseg.labels import MAX_ID, Label, LabelTable, load_scheme
 
 Color = tuple[int, int, int]
 Entry = tuple[str, Color | None]
 
 MAX_LABELS = 256  # indices are uint8
+ID = re.compile(r"-?[0-9]+")
+ITK_SNAP_LINE = re.compile(r'(-?\d+)((?:\s+\d+){3})\s+[\d.]+\s+[01]\s+[01]\s+"(.*)"')
 EXAMPLE = "0 Background 0 0 0 0\n2 Left-Putamen 236 13 176 0\n3 Right-Putamen 236 13 176 0"
 
 # First match decides; names are lower case with single blanks between words.
@@ -122,20 +124,24 @@ def read_entries(path: Path) -> dict[int, Entry]:
 def _read_lut(path: Path, text: str) -> dict[int, Entry]:
     entries: dict[int, Entry] = {}
     for number, line in enumerate(text.splitlines(), 1):
+        where = f"{path}, line {number}"
+        itk_snap = ITK_SNAP_LINE.match(line.strip())
+        if itk_snap:
+            r, g, b = (min(int(w), 255) for w in itk_snap[2].split())
+            _add(entries, int(itk_snap[1]), itk_snap[3], (r, g, b), where)
+            continue
         words = line.split("#")[0].split()
         if not words:
             continue
-        if len(words) < 2 or not words[0].isdigit():
-            raise LabelError(
-                f"{path}, line {number}: expected 'id name' or 'id name R G B A', got '{line.strip()[:60]}'"
-            )
+        if len(words) < 2 or not ID.fullmatch(words[0]):
+            raise LabelError(f"{where}: expected 'id name' or 'id name R G B A', got '{line.strip()[:60]}'")
         colour: Color | None = None
         for count in (4, 3):  # a name may hold blanks; what follows it is the colour
             if len(words) >= 2 + count and all(w.isdigit() and int(w) < 256 for w in words[-count:]):
                 r, g, b = (int(w) for w in words[len(words) - count :][:3])
                 colour, words = (r, g, b), words[:-count]
                 break
-        _add(entries, int(words[0]), ("-".join(words[1:]), colour), f"{path}, line {number}")
+        _add(entries, int(words[0]), " ".join(words[1:]), colour, where)
     return entries
 
 
@@ -147,7 +153,7 @@ def _read_tsv(path: Path, text: str) -> dict[int, Entry]:
         raise LabelError(f"{path}: expected the columns 'index' and 'name', parted by tabs; got {list(columns)}")
     for number, row in enumerate(rows, 2):
         index, name = (row["index"] or "").strip(), (row["name"] or "").strip()
-        if not index.isdigit() or not name:
+        if not ID.fullmatch(index) or not name:
             raise LabelError(
                 f"{path}, line {number}: 'index' must be a whole number and 'name' a word, got {index!r}, {name!r}"
             )
@@ -156,14 +162,19 @@ def _read_tsv(path: Path, text: str) -> dict[int, Entry]:
         if hexes:
             r, g, b = bytes.fromhex(hexes[1])
             colour = (r, g, b)
-        _add(entries, int(index), ("-".join(name.split()), colour), f"{path}, line {number}")
+        _add(entries, int(index), name, colour, f"{path}, line {number}")
     return entries
 
 
-def _add(entries: dict[int, Entry], label_id: int, entry: Entry, where: str) -> None:
-    if label_id in entries and entries[label_id][0] != entry[0]:
-        raise LabelError(f"{where}: id {label_id} is {entries[label_id][0]} already, and now {entry[0]}; keep one")
-    entries[label_id] = entry
+def _add(entries: dict[int, Entry], label_id: int, words: str, colour: Color | None, where: str) -> None:
+    """Add an entry under a name without blanks and slashes, unless no map can hold its id."""
+    name = re.sub(r"[\s/\\]+", "-", words.strip())
+    if not name:
+        raise LabelError(f"{where}: id {label_id} has no name; give it one")
+    if label_id in entries and entries[label_id][0] != name:
+        raise LabelError(f"{where}: id {label_id} is {entries[label_id][0]} already, and now {name}; keep one")
+    if label_id >= 0:
+        entries[label_id] = name, colour
 
 
 def tissue_of(name: str) -> str:
@@ -192,6 +203,9 @@ def table_from(
 ) -> LabelTable:
     """A LabelTable of the ids that the maps hold, 0 included. Raises LabelError if one is not in the table."""
     wanted = sorted({0, *ids})
+    large = [i for i in wanted if i > MAX_ID]
+    if large:
+        raise LabelError(f"the maps hold the ids {large[:10]}, but ids end at {MAX_ID}; give these smaller ones")
     missing = [i for i in wanted if i and i not in entries]
     if missing:
         raise LabelError(f"{where} has no line for the ids {missing[:10]} that the maps hold; add 'id name' for each")

@@ -94,11 +94,18 @@ def load_examples(
 
 
 def distinct_names(files: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
-    """A name for each file: its stem, or with as many folders in front, ``a/t1``, as tell it from all others."""
+    """A name for each file: its stem, or with as many folders in front, ``a/t1``, as tell it from all others.
+
+    Files of one folder that differ in their ending alone keep it.
+    """
     paths = [file.absolute() for file in files]  # not what a link points at, whose name may be a checksum
-    parts = [(*path.parent.parts[1:], image_stem(path)) for path in paths]
+    alike = Counter((path.parent, image_stem(path)) for path in set(paths))
+    parts = [
+        (*path.parent.parts[1:], path.name if alike[path.parent, image_stem(path)] > 1 else image_stem(path))
+        for path in paths
+    ]
     most = max(map(len, parts), default=1)
-    names = [image_stem(path) for path in paths]
+    names = [part[-1] for part in parts]
     for depth in range(2, most + 1):
         count = Counter(names)
         names = [
@@ -178,27 +185,30 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
 
     Three arrangements are known: ``x_image.nii.gz`` beside ``x_label.nii.gz``, as ``synthseg generate`` writes them;
     ``x.nii.gz`` beside ``x_seg.nii.gz`` (or another of LABEL_ENDINGS; T1_ENDINGS for a T1); and two folders,
-    ``images*`` and ``labels*`` (``t1*``), with the same names, an nnU-Net ``_0000`` apart. ``x_T1w.nii.gz`` is a scan
-    of its own unless the task asks for a T1, or ``x.nii.gz`` is there. Raises ConfigError where a partner is missing.
+    ``imagesX`` and ``labelsX`` (``t1X``), with the same names, an nnU-Net ``_0000`` apart, where X is anything but Ts:
+    the images of ``imagesTs`` are to be tested on. ``x_T1w.nii.gz`` is a scan of its own unless the task asks for a T1,
+    or ``x.nii.gz`` is there. Raises ConfigError where a partner is missing.
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; give a folder of images and label maps")
     partner = {"segmentation": "labels", "reconstruction": "t1"}.get(task, "")
     endings = {"labels": LABEL_ENDINGS, "t1": T1_ENDINGS}.get(partner, ())
-    inside = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name.lower().startswith("images")]
+    places = {sub.name.lower(): sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
+    inside = [sub for name, sub in places.items() if name.startswith("images") and name != "imagests"]
     files = [file for place in inside or [folder] for file in _images_in(place)]
     by_stem = {image_stem(file): file for file in files}
     others = {stem: file for stem, file in by_stem.items() if _is_partner(stem, by_stem, task)}
     scans = [file for file in files if image_stem(file) not in others]
     if not scans:
-        raise ConfigError(f"--images {folder}: holds no images (NIfTI or MGH), in itself or in images*/")
+        raise ConfigError(f"--images {folder}: holds no images (NIfTI or MGH), in itself or in images*/ but imagesTs")
     found = []
     for scan in scans:
         stem = image_stem(scan).removesuffix("_image")
         match: Path | None = None
         if partner and inside:
-            places = [sub for sub in folder.iterdir() if sub.is_dir() and sub.name.lower().startswith(partner)]
-            named = {image_stem(file): file for place in places for file in _images_in(place)}
+            beside = partner + scan.parent.name[len("images") :]
+            place = places.get(beside.lower())
+            named = {image_stem(file): file for file in _images_in(place)} if place else {}
             short = stem[:-5] if stem[-5:-4] == "_" and stem[-4:].isdigit() else stem
             match = next((named[key] for key in (stem, short, *(short + e for e in endings)) if key in named), None)
         elif partner:
@@ -206,7 +216,7 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
             match = next((others[s + ending] for s in stems for ending in endings if s + ending in others), None)
         if partner and match is None:
             what = "label map" if partner == "labels" else "T1"
-            where = f"{partner}*/{stem}.nii.gz" if inside else f"{stem}{endings[0]}.nii.gz"
+            where = f"{beside}/{short}.nii.gz" if inside else f"{stem}{endings[0]}.nii.gz"
             raise ConfigError(f"--images {folder}: {scan.name} has no {what}; expected {where}, or name it in a recipe")
         extra = {partner: str(match)} if match is not None else {}
         found.append(ImageConfig(image=str(scan), scheme=scheme, **extra))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from synthseg.color_tables import write_color_table
 from synthseg.errors import LabelError
 from synthseg.importing.label_tables import (
     charm_entries,
@@ -14,7 +15,7 @@ from synthseg.importing.label_tables import (
     tissue_of,
     unknown_tissues,
 )
-from synthseg.labels import load_scheme
+from synthseg.labels import LabelTable, load_scheme
 
 
 def written(path: Path, text: str) -> Path:
@@ -32,6 +33,42 @@ def test_a_colour_table_is_read_with_and_without_colours(tmp_path: Path) -> None
     }
 
 
+def test_a_label_description_of_itk_snap_is_read(tmp_path: Path) -> None:
+    text = (
+        "################\n# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL\n"
+        '    0     0    0    0        0  0  0    "Clear Label"\n'
+        '    1   255    0    0        1  1  1    "Grey matter"\n'
+        '    7    10   20   30      0.5  1  0    "Area #2"\n'
+    )
+    assert read_entries(written(tmp_path / "labels.txt", text)) == {
+        0: ("Clear-Label", (0, 0, 0)),
+        1: ("Grey-matter", (255, 0, 0)),
+        7: ("Area-#2", (10, 20, 30)),
+    }
+
+
+def test_what_is_written_for_itk_snap_is_read(tmp_path: Path) -> None:
+    table = load_scheme("head")
+    write_color_table(tmp_path / "head.txt", table)
+    assert read_entries(tmp_path / "head.txt") == {x.id: ("-".join(x.name.split()), x.color) for x in table.labels}
+
+
+def test_ids_that_no_map_can_hold_are_passed_over(tmp_path: Path) -> None:
+    assert read_entries(written(tmp_path / "a.txt", "-1 Outside 0 0 0 0\n2 In 1 2 3 0\n")) == {2: ("In", (1, 2, 3))}
+    assert read_entries(written(tmp_path / "a.tsv", "index\tname\n-1\tOutside\n2\tIn\n")) == {2: ("In", None)}
+
+
+def test_slashes_in_names_become_hyphens(tmp_path: Path) -> None:
+    lines = (
+        "120 SC-Fat/Muscle 1 2 3 0\n136 Left-Caudate/Putamen 1 2 3 0\n137 Right-Caudate/Putamen 1 2 3 0\n"
+        "150 R/C/S 1 2 3 0\n500 right_CA2\\3 1 2 3 0\n"
+    )
+    table = table_from(read_entries(written(tmp_path / "lut.txt", lines)), [120, 136, 137, 150, 500], "mine")
+    assert table.names[1:] == ["SC-Fat-Muscle", "Left-Caudate-Putamen", "Right-Caudate-Putamen", "R-C-S", "right_CA2-3"]
+    assert table[136].partner == 137
+    assert LabelTable.from_dict(table.to_dict()) == table  # a scheme file with these names can be read
+
+
 def test_a_dseg_tsv_is_read_by_its_column_names(tmp_path: Path) -> None:
     text = "name\tindex\tcolor\nGray Matter\t1\t#ff8000\nWhite Matter\t2\tn/a\n"
     assert read_entries(written(tmp_path / "dseg.tsv", text)) == {
@@ -45,6 +82,7 @@ def test_a_dseg_tsv_is_read_by_its_column_names(tmp_path: Path) -> None:
     [
         ("a.txt", "1 One\nthree Three\n", r"a\.txt, line 2: expected 'id name'.*'three Three'"),
         ("a.txt", "1 One\n1 Other\n", r"line 2: id 1 is One already, and now Other"),
+        ("a.txt", '1 255 0 0 1 1 1 " "\n', "line 1: id 1 has no name"),
         ("a.txt", "# nothing\n", "holds no labels; write one a line"),
         ("a.tsv", "index,name\n1,One\n", r"columns 'index' and 'name'"),
         ("a.tsv", "index\tname\none\tOne\n", "line 2: 'index' must be a whole number"),
@@ -104,6 +142,8 @@ def test_a_table_holds_what_the_maps_hold_and_background() -> None:
     assert table[1001].partner == 2001
     with pytest.raises(LabelError, match=r"no line for the ids \[5000\].*add 'id name'"):
         table_from(freesurfer_entries(), [2, 5000], "mine")
+    with pytest.raises(LabelError, match=r"ids \[40000\], but ids end at 32767; give these smaller ones"):
+        table_from({40000: ("Large", None)}, [40000], "mine")
     with pytest.raises(LabelError, match="257 labels; at most 256"):
         table_from({i: (f"s{i}", None) for i in range(1, 257)}, range(1, 257), "mine")
 

@@ -169,6 +169,15 @@ def test_what_does_not_belong_together_is_refused(pair: ImageConfig, tmp_path: P
             ["imagesTr/x_0000.nii.gz", "imagesTr/y_0000.nii.gz", "labelsTr/x.nii.gz", "labelsTr/y.nii.gz"],
             ["labelsTr/x.nii.gz", "labelsTr/y.nii.gz"],
         ),
+        (  # of a test set that has the names of the training set, and of one without label maps
+            ["imagesTr/x_0000.nii.gz", "imagesTs/x_0000.nii.gz", "labelsTr/x.nii.gz", "labelsTs/x.nii.gz"],
+            ["labelsTr/x.nii.gz"],
+        ),
+        (["imagesTr/x_0000.nii.gz", "imagesTs/z_0000.nii.gz", "labelsTr/x.nii.gz"], ["labelsTr/x.nii.gz"]),
+        (
+            ["imagesA/x.nii.gz", "imagesB/x.nii.gz", "labelsA/x.nii.gz", "labelsB/x.nii.gz"],
+            ["labelsA/x.nii.gz", "labelsB/x.nii.gz"],
+        ),
         (["images/x.nii.gz", "labels/x_seg.nii.gz"], ["labels/x_seg.nii.gz"]),
         (["a_T1w.nii.gz", "a_T1w_seg.nii.gz"], ["a_T1w_seg.nii.gz"]),
         (["sub-1_T1w.nii.gz", "sub-1_dseg.nii.gz"], ["sub-1_dseg.nii.gz"]),
@@ -182,6 +191,7 @@ def test_images_of_a_folder_find_their_partners(files: list[str], pairs: list[st
     assert len(find_images(tmp_path, "bias-field")) == len(pairs)
     assert [str(Path(one.labels).relative_to(tmp_path)) for one in found] == pairs
     assert all("label" not in Path(one.image).stem for one in found)
+    assert not any("Ts" in one.image for one in found)
 
 
 def test_a_t1_is_found_beside_its_image(tmp_path: Path) -> None:
@@ -200,6 +210,9 @@ def test_images_of_one_file_name_are_told_apart() -> None:
     assert distinct_names(files[:1], ("t1", "t2")) == ["sub-1/t1"]
     deep = [Path(f"/{site}/sub-1/t1.nii.gz") for site in ("a", "b")]
     assert distinct_names(deep) == ["a/sub-1/t1", "b/sub-1/t1"]
+    both = [Path("/data/x.nii.gz"), Path("/data/x.mgz"), Path("/other/x.mgz")]
+    assert distinct_names(both) == ["x.nii.gz", "x.mgz", "x"]
+    assert distinct_names([*both, Path("/more/x.mgz")]) == ["x.nii.gz", "x.mgz", "other/x", "more/x"]
     assert distinct_names([files[0], files[0]]) == ["data/sub-1/t1"] * 2
 
 
@@ -212,6 +225,10 @@ def test_a_missing_partner_is_named(tmp_path: Path) -> None:
         find_images(tmp_path, "reconstruction")
     with pytest.raises(ConfigError, match="no such folder"):
         find_images(tmp_path / "none", "segmentation")
+    for name in ("imagesTr/x_0000.nii.gz", "labelsVal/x.nii.gz"):
+        write(tmp_path / "pairs" / name, np.zeros((2, 2, 2), dtype=np.int16))
+    with pytest.raises(ConfigError, match=r"x_0000\.nii\.gz has no label map; expected labelsTr/x\.nii\.gz"):
+        find_images(tmp_path / "pairs", "segmentation")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no images"):
         find_images(tmp_path / "empty", "segmentation")
