@@ -25,7 +25,7 @@ from synthseg.image_files import IMAGE_SUFFIXES, image_suffix
 from synthseg.inference import Segmentation, in_scheme
 from synthseg.labels import BRAIN_TISSUES, LabelTable, available_schemes, load_scheme, tissue_mask
 from synthseg.posteriors import Grid, Posteriors, scan_grid, spacing_grid
-from synthseg.surfaces import check_mesh_name, check_structure, surface, write_surface
+from synthseg.surfaces import Surface, check_mesh_name, check_structure, structure_ids, surface, write_surface
 from synthseg.targets import Spacing, Targets
 from synthseg.volume import Volume, apply_along, centred_matrix, save_class_images, save_label_map, save_scan
 
@@ -34,6 +34,7 @@ CT_AIR_HU = -1000.0
 # changes the likeliest label of six voxels in ten thousand) and float32 takes three times the space.
 PROBABILITY_TYPE = np.uint16
 FACTS = "synthseg segmentation"  # what the header of a label map calls them
+WITHOUT_SURFACE = "without_surface"  # among them, if there are any: structures whose surfaces could not be made
 MAX_OUTPUT_VOXELS = 2**30  # an image of 1024 voxels a side
 
 
@@ -75,8 +76,8 @@ def write_outputs(
 ) -> None:
     """Write all files of one scan.
 
-    A surface of a structure that the scan does not hold is not written, and an older file of its name removed; the
-    segmentation then gains a warning.
+    A surface of a structure that no voxel is likelier than not is not written, and an older file of its name removed;
+    the segmentation then gains a warning, and the header of the label map names it.
 
     Parameters
     ----------
@@ -94,7 +95,10 @@ def write_outputs(
         segmentation = relabelled(segmentation, scheme)
     grid = scan_grid(volume) if spacing_mm is None else spacing_grid(volume, spacing_mm)
     _check_size(grid)
-    files = _Files(volume, segmentation, grid, on_scan=spacing_mm is None, facts=facts or {})
+    made = {structure: _surface_or_none(segmentation, structure) for structure, _ in targets.meshes}
+    without = sorted(structure.lower() for structure, mesh in made.items() if mesh is None)
+    facts = {**(facts or {}), **({WITHOUT_SURFACE: without} if without else {})}
+    files = _Files(volume, segmentation, grid, on_scan=spacing_mm is None, facts=facts)
     writers: list[tuple[Path | None, Callable[[Path], None]]] = [
         (targets.labels, files.write_labels),
         (targets.posteriors, files.write_posteriors),
@@ -106,13 +110,24 @@ def write_outputs(
         if path is not None:
             write(path)
     for structure, path in targets.meshes:
-        try:
-            mesh = surface(files.posteriors, structure)
-        except InputError:
-            path.unlink(missing_ok=True)
-            warnings.append(f"there is no {structure} in the scan; {path.name} was not written")
-        else:
+        mesh = made[structure]
+        if mesh is not None:
             write_surface(path, mesh, structure)
+            continue
+        path.unlink(missing_ok=True)
+        if np.isin(files.labels, structure_ids(structure, segmentation.table)).any():
+            reason = f"no voxel of {structure} is likelier than not; it has no surface"
+        else:
+            reason = f"there is no {structure} in the scan"
+        warnings.append(f"{reason}; {path.name} was not written")
+
+
+def _surface_or_none(segmentation: Segmentation, structure: str) -> Surface | None:
+    assert segmentation.posteriors is not None  # checked before
+    try:
+        return surface(segmentation.posteriors, structure)
+    except InputError:
+        return None
 
 
 def facts_of(labels: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def surface(posteriors: Posteriors, structure: str) -> Surface:
     structure : the name of a label, or ``brain`` (all of it with its ventricles), ``skull`` (bone with its cavities,
         inside and outside) or ``head`` (its outside only). Case does not matter.
 
-    Raises OutputError if there is no such structure, InputError if there is nothing of it in the scan.
+    Raises OutputError if there is no such structure, InputError if no voxel of the scan is it likelier than not.
     """
     classes, prepare = _recipe(structure, posteriors.table)
     inside = np.zeros(posteriors.values.shape[1:], dtype=np.float32)
@@ -71,6 +71,12 @@ def surface(posteriors: Posteriors, structure: str) -> Surface:
 def check_structure(structure: str, table: LabelTable) -> None:
     """Raise OutputError unless a surface of the structure can be made from the labels of a scheme."""
     _recipe(structure, table)
+
+
+def structure_ids(structure: str, table: LabelTable) -> list[int]:
+    """The ids of a label, or of those that make up ``brain``, ``skull`` or ``head``."""
+    classes, _ = _recipe(structure, table)
+    return [int(label_id) for label_id in table.ids[classes]]
 
 
 def _recipe(structure: str, table: LabelTable) -> tuple[np.ndarray, Callable[[np.ndarray], object]]:
@@ -129,7 +135,7 @@ def isosurface(inside: np.ndarray, affine: np.ndarray, name: str = "the structur
 
     box = ndimage.find_objects((inside > LEVEL).astype(np.uint8))
     if not box:
-        raise InputError(f"there is no {name} in this scan, so that it has no surface; look at the labels")
+        raise InputError(f"no voxel of {name} is likelier than not, so that it has no surface; look at the labels")
     margin = [slice(max(0, side.start - 1), side.stop + 1) for side in box[0]]
     padded = np.pad(inside[tuple(margin)].astype(np.float32), 1)
     near = np.abs(padded - LEVEL) < _OFF_LEVEL

@@ -71,6 +71,27 @@ def test_a_folder_in_and_a_folder_out(tmp_path: Path) -> None:
     assert float(rows[0]["Bright_ml"]) == pytest.approx(voxels * 1.5 * 1.5 * 2 / 1000)
 
 
+def test_a_new_folder_with_a_dot_in_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_scan(tmp_path / "in" / "a.nii.gz"), write_scan(tmp_path / "in" / "b.nii.gz", 1)
+    out = tmp_path / "seg_2024.01"
+    assert segment(first, "-o", out) == 2  # for one scan it may be the name of a file
+    assert "make the folder first if it is one" in errors(capsys)[0]
+    assert not out.exists()
+    assert segment(first, second, "-o", out) == 0
+    assert files(out) == ["a_seg.nii.gz", "b_seg.nii.gz"]
+    (tmp_path / "seg_2024.02").mkdir()
+    assert segment(first, "-o", tmp_path / "seg_2024.02") == 0
+    assert files(tmp_path / "seg_2024.02") == ["a_seg.nii.gz"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of files are bytes on Linux")
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / os.fsdecode(b"caf\xe9.nii.gz"))
+    wanted = ["--overview", tmp_path / "a.png", "--report", tmp_path / "r.html", "--volumes", tmp_path / "v.csv"]
+    assert segment(scan, *wanted) == 0
+    assert all(Path(str(path)).is_file() for path in wanted[1::2])
+
+
 def test_overwrite_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scan = write_scan(tmp_path / "a.nii.gz")
     (tmp_path / "a_seg.nii.gz").write_text("old")

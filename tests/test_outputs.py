@@ -15,7 +15,16 @@ from synthseg import posteriors as posteriors_module
 from synthseg.errors import InputError, LabelError, OutputError
 from synthseg.inference import Segmentation
 from synthseg.labels import LabelTable, load_scheme
-from synthseg.outputs import Targets, air_value, brain_mask, check_targets, relabelled, target_table, write_outputs
+from synthseg.outputs import (
+    Targets,
+    air_value,
+    brain_mask,
+    check_targets,
+    facts_of,
+    relabelled,
+    target_table,
+    write_outputs,
+)
 from synthseg.posteriors import Posteriors, scan_grid, spacing_grid
 from synthseg.volume import Volume, canonical, load_volume, save_scan
 
@@ -362,6 +371,23 @@ def test_a_structure_that_is_not_in_the_scan_is_said_and_an_old_file_removed(tmp
     assert not old.exists()
     assert new.exists()
     assert [w for w in result.warnings if "no Amygdala in the scan" in w]
+    assert facts_of(tmp_path / "seg.nii.gz") == {"without_surface": ["amygdala"]}
+
+
+def test_a_label_that_wins_without_one_half_has_voxels_and_no_surface(tmp_path: Path, scan: Volume) -> None:
+    result = segmented(scan)
+    assert result.posteriors is not None
+    values = result.posteriors.values
+    won = values.argmax(0) == SIAM.names.index("GM")
+    for name, share in (("GM", 0.4), ("WM", 0.3), ("CSF", 0.3)):
+        values[SIAM.names.index(name)][won] = share
+    files = {name: tmp_path / f"{name}.stl" for name in ("GM", "brain")}
+    write_outputs(Targets(tmp_path / "seg.nii.gz", meshes=tuple(files.items())), scan, result)
+    assert (np.asarray(nib.load(tmp_path / "seg.nii.gz").dataobj) == 1).any()
+    assert not files["GM"].exists()
+    assert files["brain"].exists()
+    assert result.warnings == ["no voxel of GM is likelier than not; it has no surface; GM.stl was not written"]
+    assert facts_of(tmp_path / "seg.nii.gz") == {"without_surface": ["gm"]}
 
 
 def test_a_surface_lies_where_the_labels_are(tmp_path: Path, scan: Volume) -> None:

@@ -136,7 +136,7 @@ def test_brain_and_head_are_solid_and_skull_keeps_its_cavity() -> None:
 
 def test_a_structure_that_is_not_there_or_unknown_is_an_error() -> None:
     empty = head({"WM": boxes((8, 18))})
-    with pytest.raises(InputError, match="no Skull in this scan"):
+    with pytest.raises(InputError, match="no voxel of Skull is likelier than not"):
         surface(empty, "Skull")
     with pytest.raises(OutputError, match=r"no structure 'skul'.*brain, skull, head, GM"):
         check_structure("skul", SIAM)

@@ -283,6 +283,10 @@ class BidsSidecars:
         if kind == "dseg":
             record["Manual"] = False
             record |= _COLUMNS
+            if self.wanted.spacing_mm is not None:  # volumes do not follow it
+                for name in ("volume_ml", "soft_volume_ml"):
+                    text = f"{_COLUMNS[name]['Description']}, on the grid of the scan"
+                    record[name] = {**_COLUMNS[name], "Description": text}
             record["Segmentation"] = dict(facts)
             record["Warnings"] = list(segmentation.warnings)
             record["Quality"] = _quality(segmentation)

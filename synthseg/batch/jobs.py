@@ -88,7 +88,7 @@ def plan_jobs(
         raise OutputError(f"{output}: is a file name, but {len(scans)} scans are to be written; expected a folder")
     jobs = []
     for scan in scans:
-        labels = _labels_path(scan.path, output)
+        labels = _labels_path(scan.path, output, one_file)
         stem = image_stem(labels)
         stem = stem[: -len(SEGMENTATION)] if stem.endswith(SEGMENTATION) and len(stem) > len(SEGMENTATION) else stem
         targets = targets_beside(labels, stem, wanted or Wanted())
@@ -144,14 +144,18 @@ def parse_sizes(text: str, option: str, limits_mm: tuple[float, float]) -> tuple
     return sizes[0], sizes[1], sizes[2]
 
 
-def _labels_path(scan: Path, output: Path | None) -> Path:
+def _labels_path(scan: Path, output: Path | None, one_file: bool) -> Path:
     name = f"{image_stem(scan)}{SEGMENTATION}.nii.gz"
     if output is None:
         return scan.parent / name
-    if image_suffix(output) and not output.is_dir():
-        return output
-    if output.suffix and not output.is_dir():
-        raise OutputError(f"{output}: expected an image name ({', '.join(IMAGE_SUFFIXES)}) or a folder")
+    if one_file and not output.is_dir():
+        if image_suffix(output):
+            return output
+        if output.suffix:
+            known = ", ".join(IMAGE_SUFFIXES)
+            raise OutputError(
+                f"{output}: expected an image name ({known}) or a folder; make the folder first if it is one"
+            )
     return output / name
 
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from synthseg.batch.jobs import Job, Wanted
 from synthseg.errors import OutputError, SynthSegError
-from synthseg.labels import BRAIN_TISSUES, LabelTable
-from synthseg.outputs import facts_of
-from synthseg.surfaces import BONE_TISSUES
+from synthseg.labels import LabelTable
+from synthseg.outputs import WITHOUT_SURFACE, facts_of
+from synthseg.surfaces import structure_ids
 from synthseg.volume import image_suffix, load_volume
 
 CHUNK = 1 << 20
@@ -53,7 +53,8 @@ def existing(job: Job, wanted: Wanted, table: LabelTable, facts: Mapping[str, An
 
     Also if the header of the label map says that it was made otherwise than ``facts`` say of this run.
 
-    ``table`` says what the ids of the label map are: a surface is not missing if its structure is not in the map.
+    ``table`` says what the ids of the label map are: a surface is not missing if its structure is not in the map, or
+    if the header of the map says that there was none to make.
 
     An image is whole if its file holds as many voxels as its header says (of a compressed file every byte is read,
     and its checksum compared); other files if they end as their format does. The label map must lie on the grid of
@@ -76,7 +77,12 @@ def existing(job: Job, wanted: Wanted, table: LabelTable, facts: Mapping[str, An
     missing = [path for path in files if path not in there]
     if missing and job.targets.labels in there:
         present = set(np.unique(np.asarray(nib.load(job.targets.labels).dataobj)).tolist())
-        none = [path for name, path in job.targets.meshes if not present & structure_ids(name, table)]
+        noted = facts_of(job.targets.labels).get(WITHOUT_SURFACE, [])
+        none = [
+            path
+            for name, path in job.targets.meshes
+            if name.lower() in noted or present.isdisjoint(structure_ids(name, table))
+        ]
         missing = [path for path in missing if path not in none]
     return Existing(tuple(there), tuple(missing))
 
@@ -102,16 +108,6 @@ def _as_json(value: Any) -> Any:
 
 def _plain(value: Any, key: str) -> str:
     return str(value)[:8] if key == "sha256" else "none" if value is None else str(value)[:40]
-
-
-def structure_ids(name: str, table: LabelTable) -> set[int]:
-    """The ids of a label, or of those that make up ``brain``, ``skull`` or ``head``."""
-    tissues = {"brain": BRAIN_TISSUES, "skull": BONE_TISSUES}.get(name.lower())
-    return {
-        label.id
-        for label in table.labels[1:]
-        if name.lower() in (label.name.lower(), "head") or (tissues is not None and label.tissue in tissues)
-    }
 
 
 def check_existing(jobs: Sequence[Job], report: Path | None = None) -> None:

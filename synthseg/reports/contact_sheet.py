@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from synthseg.labels import LabelTable
+from synthseg.reports import plain
 from synthseg.volume import atomic_path
 
 PLANES = (2, 1, 0)  # the axes across axial, coronal and sagittal slices
@@ -65,7 +66,7 @@ class ContactSheet:
         FigureCanvasAgg(figure)
         figure.figimage(sheet)
         for x, y, title in titles:
-            text = title.replace("$", r"\$")  # not mathematics
+            text = plain(title).replace("$", r"\$")  # not mathematics
             figure.text(x / width, 1 - y / height, text, color="white", fontsize=7.5, va="center")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", facecolor="black")

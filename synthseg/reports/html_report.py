@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from synthseg.labels import LabelTable
+from synthseg.quality import Quality
+from synthseg.reports import plain
 from synthseg.reports.figures import Distribution, timing_bar
 from synthseg.reports.mosaic import WIDTH_PX, Mosaic, draw_mosaic
 from synthseg.reports.volumes import totals_ml, volume_row
@@ -27,12 +29,12 @@ from synthseg.volume import Volume, atomic_path
 
 if TYPE_CHECKING:
     from synthseg.inference import Segmentation
-    from synthseg.quality import Quality
 
 MANY_SCANS = 100  # pictures of a larger batch are smaller, so that the file still opens
 MANY_WIDTH_PX = 1000
 COMPARED_FROM = 4  # scans with a known volume; of fewer, each lies at an end or in the middle
 MOST_DOTS = 100  # in the picture of one volume over the batch
+FLAGGED_BEFORE = "an earlier run judged that this scan should be looked at"
 _TOTALS = ("intracranial", "brain")
 _HARD, _SOFT = "_ml", "_soft_ml"
 
@@ -61,13 +63,19 @@ class ReportEntry:
     mosaic: Mosaic | None = None
 
     @property
-    def state(self) -> Literal["failed", "look", "ok", "unknown"]:
-        """How it stands: ``look`` has flags or a quality that did not pass, ``unknown`` was skipped unread."""
+    def state(self) -> Literal["failed", "look", "ok", "done", "unknown"]:
+        """How it stands.
+
+        ``look`` has flags or a quality that did not pass, ``ok`` has none, ``done`` was not judged, ``unknown`` was
+        skipped unread.
+        """
         if self.status == "failed":
             return "failed"
         if self.flags or (self.quality is not None and not self.quality.passed):
             return "look"
-        return "ok" if self.volumes else "unknown"
+        if self.quality is not None:
+            return "ok"
+        return "done" if self.volumes else "unknown"
 
 
 def report_entry(name: str, volume: Volume, segmentation: Segmentation, *, n_scans: int = 1) -> ReportEntry:
@@ -109,7 +117,7 @@ def skipped_entry(
 
     Parameters
     ----------
-    row : its row of the table of volumes, as numbers or text.
+    row : its row of the table of volumes, as numbers or text; what it says of the quality is kept.
     volume, labels, table : the scan and its label map (D, H, W) on one grid, to draw the mosaic from; the volumes of
         its voxels are counted if there is no row.
     """
@@ -120,7 +128,17 @@ def skipped_entry(
         facts = _facts(volume)
         volumes = volumes or _counted(labels, table, volume.voxel_ml)
     what = "segmented by an earlier run" + ("" if mosaic else "; its pictures were not drawn again")
-    return ReportEntry(name, "skipped", what, volumes=volumes, facts=facts, mosaic=mosaic)
+    quality = _judgement(row or {})
+    return ReportEntry(
+        name,
+        "skipped",
+        what,
+        volumes=volumes,
+        quality=quality,
+        flags=quality.flags if quality is not None else (),
+        facts=facts,
+        mosaic=mosaic,
+    )
 
 
 def write_html_report(path: Path, entries: Sequence[ReportEntry], manifest: Mapping[str, Any]) -> None:
@@ -183,6 +201,18 @@ def _numbers(row: Mapping[str, str | float]) -> dict[str, float]:
     return numbers
 
 
+def _judgement(row: Mapping[str, str | float]) -> Quality | None:
+    """What is left of a quality in a row of the table of volumes; None if it was not judged."""
+    if "passed" not in row:
+        return None
+    try:
+        score = float(row.get("predicted_dice", math.nan))
+    except ValueError:
+        score = math.nan
+    passed = row["passed"] != "no"
+    return Quality({}, score if math.isfinite(score) else None, () if passed else (FLAGGED_BEFORE,), passed)
+
+
 def _counted(labels: np.ndarray, table: LabelTable, voxel_ml: float) -> dict[str, float]:
     ids, counts = np.unique(labels, return_counts=True)
     found = dict(zip(ids.tolist(), counts.tolist(), strict=True))
@@ -192,12 +222,6 @@ def _counted(labels: np.ndarray, table: LabelTable, voxel_ml: float) -> dict[str
 
 
 # ----------------------------------------------------------------------------------------------------- the page
-
-
-def plain(text: object) -> str:
-    """A text that can be shown: no control characters, and bytes of a name that are no UTF-8 as a sign for them."""
-    known = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in known)
 
 
 @dataclass(frozen=True)
@@ -219,7 +243,7 @@ class _Page:
             "structures": self._structures,
             "distributions": self._distributions,
             "attention": [scan for scan in scans if scan["state"] in ("failed", "look")],
-            "counts": {state: states.count(state) for state in ("failed", "look", "ok", "unknown")},
+            "counts": {state: states.count(state) for state in ("failed", "look", "ok", "done", "unknown")},
             "skipped": sum(entry.status == "skipped" for entry in self.entries),
             "judged": bool(scores),
             "notes": sorted({e.quality.note for e in self.entries if e.quality is not None and e.quality.note}),

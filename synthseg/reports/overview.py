@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthseg.labels import LabelTable
+from synthseg.reports import plain
 from synthseg.reports.mosaic import PLANES, bounding_box, grey_window, slice_positions, take_slice
 from synthseg.volume import Volume, atomic_path, canonical
 
@@ -61,7 +62,7 @@ def overview_figure(volume: Volume, labels: np.ndarray, table: LabelTable, title
     if handles:
         size = min(9.0, 400 / len(handles))
         figure.legend(handles=handles, loc="center right", frameon=False, labelcolor="white", fontsize=size)
-    title = title.replace("$", r"\$")  # not mathematics
+    title = plain(title).replace("$", r"\$")  # not mathematics
     figure.suptitle(f"{title}   (left of the picture is left of the head)".strip(), color="white", fontsize=11)
     return figure
 

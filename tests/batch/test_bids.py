@@ -143,6 +143,23 @@ def test_a_derivative_beside_the_dataset(tmp_path: Path) -> None:
     assert (root / description["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
 
 
+def test_the_sidecar_says_on_which_grid_volumes_are_counted(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", ("sub-01/anat/sub-01_T1w",))
+    assert segment(dataset) == 0
+    assert segment(dataset, "--spacing", "2") == 0
+    folder = dataset / "derivatives" / "synthseg" / "sub-01" / "anat"
+    texts, tables = {}, {}
+    for res in ("", "_res-2mm"):
+        stem = folder / f"sub-01_space-orig{res}_desc-T1w_dseg"
+        texts[res] = json.loads(Path(f"{stem}.json").read_text())
+        tables[res] = Path(f"{stem}.tsv").read_text()
+    for column in ("volume_ml", "soft_volume_ml"):
+        assert "grid" not in texts[""][column]["Description"]
+        assert texts["_res-2mm"][column]["Description"].endswith(", on the grid of the scan")
+        assert texts["_res-2mm"][column]["Units"] == "mL"
+    assert tables["_res-2mm"] == tables[""]
+
+
 def test_a_second_run_skips_and_a_damaged_sidecar_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

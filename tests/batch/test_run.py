@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from synthseg.batch import run
 from synthseg.batch.claims import Claim, remove_leftovers
@@ -252,6 +253,33 @@ def test_a_surface_of_what_is_not_there_is_not_missing(tmp_path: Path) -> None:
     (outcome,) = run_jobs(jobs, Fake(), options=options)
     assert outcome.status == "failed"  # it is missing, and the label map is not that of this run
     assert "differs" in str(outcome.error)
+
+
+class Undecided(Levels):
+    """Bright voxels are Bright with 0.4, and with 0.3 each of the others."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        bright = image > 0.9
+        shares = torch.tensor([0.3, 0.3, 0.4]).log().view(1, 3, 1, 1, 1)
+        return torch.where(bright, shares, super().forward(image))
+
+
+def test_a_surface_that_could_not_be_made_is_not_missing(tmp_path: Path) -> None:
+    model, options = Fake(Undecided()), Options(keep_posteriors=True)
+    jobs = make_jobs(tmp_path, 1, Wanted(meshes=("bright", "Dark")))
+    facts = {"mode": "default"}
+    (outcome,) = run_jobs(jobs, model, options=options, settings=Settings(facts=facts))
+    assert outcome.status == "done"
+    assert any("no voxel of bright is likelier than not" in warning for warning in outcome.warnings)
+    (_, bright), (_, dark) = jobs[0].targets.meshes
+    labels = jobs[0].targets.labels
+    assert 7 in np.asarray(nib.load(labels).dataobj)
+    assert (bright.exists(), dark.exists()) == (False, True)
+    assert facts_of(labels) == {**facts, "without_surface": ["bright"]}
+    assert statuses(run_jobs(jobs, model, options=options, settings=Settings(facts=facts))) == ["skipped"]
+    dark.unlink()
+    assert statuses(run_jobs(jobs, model, options=options, settings=Settings(facts=facts))) == ["done"]
+    assert dark.exists()
 
 
 # ----------------------------------------------------------------------------------------------------- claims

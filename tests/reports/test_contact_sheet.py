@@ -1,5 +1,6 @@
 """The contact sheet: which pixels of an image end up where."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_what_is_written_are_the_pixels_and_the_titles(head: LabelTable, tmp_pat
     with pytest.raises(ValueError, match="empty"):
         sheet.write(tmp_path / "grid.png")
     assert not list(tmp_path.iterdir())
-    sheet.add(*marked(), head, "costs $5 and $6")
+    sheet.add(*marked(), head, os.fsdecode(b"caf\xe9 costs $5 and $6"))
     sheet.write(tmp_path / "grid.png")
     pixels, _ = sheet.pixels()
     written = np.round(255 * imread(tmp_path / "grid.png")[..., :3]).astype(int)

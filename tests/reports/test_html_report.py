@@ -115,13 +115,17 @@ def test_an_entry_holds_what_the_segmentation_says() -> None:
 def test_states() -> None:
     done = entry("a")
     assert done.state == "ok"
-    assert dataclasses.replace(done, quality=None).state == "ok"
+    assert entry("a", score=None).state == "ok"
+    assert dataclasses.replace(done, quality=None).state == "done"
     assert entry("a", flags=("look",)).state == "look"
     assert dataclasses.replace(done, quality=Quality({}, 0.3, (), False)).state == "look"
     assert failed_entry("a", ValueError("broken")).state == "failed"
     assert failed_entry("a", ValueError()).error == "ValueError"
     assert skipped_entry("a").state == "unknown"
-    assert skipped_entry("a", row={"scan": "a", "GM_ml": "600.000", "GM_soft_ml": "n/a", "passed": "yes"}).state == "ok"
+    row = {"scan": "a", "GM_ml": "600.000", "GM_soft_ml": "n/a"}
+    assert skipped_entry("a", row=row).state == "done"
+    assert skipped_entry("a", row={**row, "predicted_dice": "n/a", "passed": "yes"}).state == "ok"
+    assert skipped_entry("a", row={**row, "predicted_dice": "0.310", "passed": "no"}).state == "look"
 
 
 def test_a_skipped_scan_is_counted_from_its_label_map() -> None:
@@ -136,6 +140,23 @@ def test_a_skipped_scan_is_counted_from_its_label_map() -> None:
     row = skipped_entry("a", row={"GM_ml": "1.5", "GM_soft_ml": "n/a"}).volumes
     assert row["GM_ml"] == 1.5
     assert np.isnan(row["GM_soft_ml"])
+
+
+def test_a_skipped_scan_keeps_the_verdict_of_its_row(tmp_path: Path) -> None:
+    volume, segmentation = scan()
+    judged = {"poor": ("0.312", "no"), "good": ("0.854", "yes"), "flagged": ("n/a", "no")}
+    entries = [
+        skipped_entry(name, row={"GM_ml": "600.000", "predicted_dice": score, "passed": passed})
+        for name, (score, passed) in judged.items()
+    ]
+    entries.append(skipped_entry("unjudged", volume=volume, labels=segmentation.labels, table=TABLE))
+    text = " ".join(Elements(page_of(tmp_path / "r.html", entries)).text.split())
+    assert "1 passed 1 done, not judged2 to look at 0 failed 0.58 median predicted Dice" in text
+    reason = "an earlier run judged that this scan should be looked at"
+    assert f"look earlier run poor {reason} look earlier run flagged {reason} Scans" in text
+    assert "poor look earlier run 0.31 – – 600" in text
+    assert "good passed earlier run 0.85 – – 600" in text
+    assert "unjudged done earlier run – 650 650 600" in text
 
 
 def test_pictures_of_a_large_batch_are_smaller() -> None:
@@ -392,6 +413,10 @@ def test_filtering(page: Page) -> None:
     assert page.look_for("") == [0, 1, 2, 3, 4]
     page.click("#tools [data-state=failed]")
     assert page.shown() == [4]
+    page.click("#tools [data-state=ok]")
+    assert page.shown() == [0, 2]
+    page.click("#tools [data-state=done]")
+    assert page.shown() == [3]
     page.click("#tools [data-state=look]")
     assert page.shown() == [1]
     assert page.look_for("sub-9") == []

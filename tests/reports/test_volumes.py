@@ -1,6 +1,7 @@
 """The table of volumes and the overview picture."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,13 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     assert picture.shape[0] > 500
     assert picture[..., :3].std() > 0.05
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_name_that_is_not_utf_8_is_written_with_signs_for_it() -> None:
+    volume, labels = scan_with_marks()
+    figure = overview_figure(volume, labels, TABLE, os.fsdecode(b"caf\xe9\t$1.nii.gz"))
+    assert figure.get_suptitle().startswith("caf\N{REPLACEMENT CHARACTER} \\$1.nii.gz ")
+    figure.canvas.draw()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 9), (7, 8, 1)])
