@@ -15,7 +15,7 @@ import torch
 
 from synthseg.devices import resolve_device
 from synthseg.errors import ConfigError, InputError, SynthSegError
-from synthseg.image_files import check_image
+from synthseg.image_files import check_image, read_voxels
 from synthseg.inference import Mode, Options, Segmentation
 from synthseg.inference import segment as segment_volume
 from synthseg.memory import as_shortage
@@ -71,21 +71,15 @@ def segment(
         Or rather one of its kinds: InputError for an image that cannot be used, CheckpointError for a model, LabelError
         for a scheme, DeviceError for a device, MemoryShortageError, ConfigError for any other argument.
     """
-    box = None
-    if crop_mm is not None:
-        sides = [float(side) for side in np.atleast_1d(np.asarray(crop_mm, dtype=np.float64))]
-        if len(sides) not in (1, 3):
-            raise ConfigError(f"crop_mm is one side of the box in mm, or three; got {crop_mm}")
-        box = (sides[0], sides[0], sides[0]) if len(sides) == 1 else (sides[0], sides[1], sides[2])
     options = Options(
         mode=mode,
-        voxel_size_mm=voxel_size_mm,
-        crop_mm=box,
+        voxel_size_mm=None if voxel_size_mm is None else _voxel_size(voxel_size_mm),
+        crop_mm=None if crop_mm is None else _box(crop_mm),
         quality=quality,
         keep_posteriors=keep_posteriors or scheme is not None,
     )
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads={threads}; expected 1 or more")
+    if threads is not None and not (isinstance(threads, (int, np.integer)) and threads >= 1):
+        raise ConfigError(f"threads={threads!r}; expected a whole number, 1 or more")
     torch_device = torch.device(device) if isinstance(device, torch.device) else resolve_device(device)
     with _refused_memory_named(), _threads(threads):
         volume = as_volume(image)
@@ -98,6 +92,23 @@ def segment(
     if not keep_posteriors:
         result.posteriors = None
     return result
+
+
+def _voxel_size(voxel_size_mm: float) -> float:
+    try:
+        return float(voxel_size_mm)
+    except (TypeError, ValueError):
+        raise ConfigError(f"voxel_size_mm={voxel_size_mm!r}; expected a number of mm, for example 0.75") from None
+
+
+def _box(crop_mm: float | Sequence[float]) -> tuple[float, float, float]:
+    try:
+        sides = [float(side) for side in np.atleast_1d(np.asarray(crop_mm, dtype=np.float64))]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 3):
+        raise ConfigError(f"crop_mm is one side of the box in mm, or three; got {crop_mm!r}")
+    return (sides[0], sides[0], sides[0]) if len(sides) == 1 else (sides[0], sides[1], sides[2])
 
 
 @contextmanager
@@ -163,7 +174,12 @@ def as_volume(image: Image) -> Volume:
 
 
 def _checked(data: Any, affine: Any, name: str, header: nib.Nifti1Header | None = None) -> Volume:
-    values = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
+    if isinstance(data, torch.Tensor) and data.dtype == torch.bfloat16:  # which NumPy does not have
+        data = data.float()
+    try:
+        values = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: holds no numbers on a grid ({error}); expected a 3-D array") from None
     try:
         matrix = np.asarray(affine, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -176,7 +192,7 @@ def _of_nibabel(image: nib.spatialimages.SpatialImage) -> Volume:
     if image.affine is None:
         raise InputError(f"{name}: has no affine; expected one from voxels to RAS+ mm")
     header = image.header if isinstance(image.header, nib.Nifti1Header) else None
-    return _checked(image.dataobj, image.affine, name, None if header is None else header.copy())
+    return _checked(read_voxels(image, name), image.affine, name, None if header is None else header.copy())
 
 
 def _of_simpleitk(image: Any) -> Volume:

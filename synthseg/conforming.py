@@ -6,6 +6,7 @@ Shared by inference and by the validation of a training on real scans, so that b
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ HEAD_THRESHOLD = 0.15  # of the median intensity of the foreground; what is dark
 HEAD_MARGIN_MM = 15.0
 
 Box = tuple[slice, slice, slice]
+Cleaning: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def head_box(ras: Volume) -> Box:
@@ -77,16 +79,17 @@ def grid_shape(ras: Volume, voxel_size_mm: float) -> tuple[int, int, int]:
     return d, h, w
 
 
-def conform(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
+def conform(ras: Volume, voxel_size_mm: float, cleaned: Cleaning | None = None) -> torch.Tensor:
     """The network's input: finite, windowed if CT, isotropic, anti-aliased, in [0, 1]; float32 (D, H, W).
 
-    The grid shares its centre with the field of view of the scan.
+    The grid shares its centre with the field of view of the scan. What is CT and what is fill is decided on ``ras``,
+    which must hold the head and air around it; ``cleaned`` brings the decision where ``ras`` is but a part of the head.
     """
-    return intensity.normalise(resample(ras, voxel_size_mm))
+    return intensity.normalise(resample(ras, voxel_size_mm, cleaned))
 
 
-def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
-    """Finite intensities, windowed if CT, on the isotropic grid; float32 (D, H, W).
+def resample(ras: Volume, voxel_size_mm: float, cleaned: Cleaning | None = None) -> torch.Tensor:
+    """Finite intensities, windowed if CT, on the isotropic grid; float32 (D, H, W). ``cleaned`` as in `conform`.
 
     The scan is read in slabs along its first axis: beside it, memory holds one slab and what has been resampled.
     """
@@ -94,7 +97,7 @@ def resample(ras: Volume, voxel_size_mm: float) -> torch.Tensor:
         centred_matrix(n_in, n_out, spacing, voxel_size_mm)
         for n_in, n_out, spacing in zip(ras.data.shape, grid_shape(ras, voxel_size_mm), ras.spacing_mm, strict=True)
     )
-    cleaned = _cleaning(ras.data)
+    cleaned = cleaned or cleaning(ras.data)
     planes = torch.empty((ras.data.shape[0], len(second), len(third)))
     for slab in _slabs(ras.data):
         planes[slab] = second @ (cleaned(_as_tensor(ras.data[slab])) @ third.T)
@@ -113,7 +116,7 @@ def _as_tensor(data: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(data, dtype=np.float32, order="C"))
 
 
-def _cleaning(data: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+def cleaning(data: np.ndarray) -> Cleaning:
     """What makes any part of an image (D, H, W) finite, its fill value air, and windows it if it is a CT.
 
     Decided on the whole image by the rules of `intensity.finite`, `fill_as_air` and `looks_like_hounsfield`, without

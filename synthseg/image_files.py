@@ -196,6 +196,17 @@ def _read_to_the_end(stream: IO[bytes]) -> None:
         pass
 
 
+def read_voxels(image: Any, name: str) -> np.ndarray:
+    """The scaled voxels of a nibabel image, which may still lie in a file. Raises InputError if that is damaged."""
+    with _unreadable_as_input_error(Path(name)), np.errstate(all="ignore"):
+        values = np.asarray(image.dataobj)
+        file = getattr(image.dataobj, "file_like", None)
+        if isinstance(file, (str, os.PathLike)) and _is_compressed(Path(file)):
+            with _open_gzip(file, "rb") as stream:  # to its checksum, as in `_voxels`
+                _read_to_the_end(stream)
+    return values
+
+
 def as_float32(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Real values as float32 without loss of contrast, and a remark if they had to be changed for that.
 
@@ -344,9 +355,8 @@ def _disagreements(header: nib.Nifti1Header, affine: np.ndarray, shape: Sequence
     sizes_agree = np.abs(pixdim / spacing - 1).max() <= _SAME_SIZE
     codes = int(header["qform_code"]), int(header["sform_code"])
     if min(codes) > 0:
-        try:
-            qform = np.asarray(header.get_qform(), dtype=np.float64)
-        except (ValueError, nib.spatialimages.HeaderDataError):
+        qform = stated_qform(header)
+        if qform is None:
             return ["the qform of the header is damaged; the sform is used"]
         ours, theirs = nib.aff2axcodes(affine), nib.aff2axcodes(qform)
         if ours != theirs:
@@ -362,6 +372,15 @@ def _disagreements(header: nib.Nifti1Header, affine: np.ndarray, shape: Sequence
             "for volumes too"
         ]
     return []
+
+
+def stated_qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    """The qform, in the unit of the header; None if it is damaged."""
+    try:
+        qform = np.asarray(header.get_qform(), dtype=np.float64)
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return None
+    return qform if np.isfinite(qform).all() else None
 
 
 def _states_no_orientation(path: Path, header: SpatialHeader) -> bool:

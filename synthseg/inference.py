@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 
 from synthseg import prediction
-from synthseg.conforming import Box, check_size, conform, crop, head_box
+from synthseg.conforming import Box, check_size, cleaning, conform, crop, head_box
 from synthseg.errors import ConfigError, DeviceError
 from synthseg.labels import BRAIN_TISSUES, PARENCHYMA_TISSUES, LabelTable, tissue_mask
 from synthseg.modes import FAST_FACTOR, MEMBERS
@@ -141,11 +141,11 @@ def segment(
             box = middle_box(whole, head, options.crop_mm)
             ras = crop(whole, box)
             check_size(ras, voxel_size_mm / max(member.zoom for member in members), len(model.labels))
-            image = conform(ras, voxel_size_mm)
+            image = conform(ras, voxel_size_mm, cleaning(whole.data[head]))  # a crop may hold too little air
         with step("network"):
             probabilities, agreement = predict_with_agreement(image, model, device, members, options.mixed_precision)
         with step("clean-up"):
-            whole_head = min(whole.extent_mm) >= WHOLE_HEAD_MM
+            whole_head = min((whole if box == head else ras).extent_mm) >= WHOLE_HEAD_MM
             winner, removed = clean_up(probabilities, model.labels, whole_head)
         with step("resample"):
             posteriors = Posteriors.covering(probabilities, model.labels, ras, voxel_size_mm, device)
@@ -154,12 +154,13 @@ def segment(
             names = model.labels.names
             hard_ml = dict(zip(names, (hard_voxels * grid.voxel_ml).tolist(), strict=True))
             soft_ml = dict(zip(names, (soft_voxels * grid.voxel_ml).tolist(), strict=True))
-        warnings = [*volume.warnings, *_implausible(hard_ml, model.labels, whole_head)]
+        warnings = [*volume.warnings, *_implausible(hard_ml, model.labels, whole_head and box == head)]
         quality = None
         if options.quality:
             with step("quality"):
                 evidence = Evidence(
                     scan=whole,
+                    head=head,
                     box=box,
                     image=image,
                     probabilities=probabilities,
@@ -171,7 +172,6 @@ def segment(
                     removed_voxels=removed,
                     mode=options.mode,
                     agreement=None if agreement is None else dict(zip(names, agreement.tolist(), strict=True)),
-                    cropped=box != head,
                     rescaled=options.voxel_size_mm is not None,
                 )
                 quality = assess(evidence, model)

@@ -20,13 +20,15 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import SpatialHeader, SpatialImage
 
 from synthseg.errors import OutputError
-from synthseg.image_files import IMAGE_SUFFIXES, image_suffix, read_image
+from synthseg.image_files import IMAGE_SUFFIXES, image_suffix, read_image, stated_qform
 from synthseg.image_files import check_readable as check_readable
 from synthseg.image_files import image_stem as image_stem
 from synthseg.image_writer import fortran_order, write_classes, write_image
 
 if TYPE_CHECKING:
     import torch
+
+_SAME_PLACE_MM = 1e-3  # a qform is rounded off more than an sform
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,19 +336,33 @@ def _image_like(data: np.ndarray, like: Volume, freesurfer: bool, affine: np.nda
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan would hide the labels
     header.extensions.clear()  # they tell of the scan's values (statistics, history), not of its geometry
     if affine is not None:
-        _place(header, affine)
+        _place(header, like.affine, affine)
     # Without an affine of its own the image takes qform, sform and codes from the header untouched.
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return image_class(data, None, header)
 
 
-def _place(header: nib.Nifti1Header, affine: np.ndarray) -> None:
-    """Give a header another grid, in mm, by those of qform and sform that it states. If it states neither, the new
-    grid is centred where the old one was, which is what such a header says."""
+def _place(header: nib.Nifti1Header, before: np.ndarray, affine: np.ndarray) -> None:
+    """Give a header, whose grid lies at ``before``, another grid, in mm, by those of qform and sform that it states. If
+    it states neither, the new grid is centred where the old one was, which is what such a header says."""
     codes = int(header["qform_code"]), int(header["sform_code"])
+    qform = _moved_qform(header, before, affine) if codes[0] else affine
     header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
     if codes[0]:
-        header.set_qform(affine, codes[0])
+        header.set_qform(qform, codes[0])
     if codes[1]:
         header.set_sform(affine, codes[1])
     header["xyzt_units"] = int(header["xyzt_units"]) & ~7 | 2  # mm; the unit of time stays
+
+
+def _moved_qform(header: nib.Nifti1Header, before: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The qform of the grid ``affine``, in mm: ``affine`` itself, unless the header's qform leads elsewhere than
+    ``before``, for example to the scanner where the sform leads to a template. A damaged one is replaced."""
+    qform = stated_qform(header)
+    if qform is None:
+        return affine
+    stated = np.linalg.det(header.get_best_affine()[:3, :3])
+    qform[:3] *= np.cbrt(abs(np.linalg.det(before[:3, :3]) / stated))  # to mm
+    if np.allclose(qform, before, atol=_SAME_PLACE_MM):
+        return affine
+    return qform @ np.linalg.inv(before) @ affine

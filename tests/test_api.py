@@ -136,6 +136,24 @@ def test_labels_go_back_into_the_image_of_another_library(scan: Scan) -> None:
     np.testing.assert_allclose(lps_mm * [-1, -1, 1], nib.affines.apply_affine(scan.affine, index), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mgz"])
+def test_a_nibabel_image_of_a_damaged_file_is_refused(scan: Scan, tmp_path: Path, name: str) -> None:
+    """The checksum of a compressed file lies behind its last voxel, where nibabel does not read."""
+    kind = nib.MGHImage if name.endswith("mgz") else nib.Nifti1Image
+    nib.save(kind(scan.data, scan.affine), tmp_path / name)
+    check(nib.load(tmp_path / name), scan)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-8] ^= 1
+    (tmp_path / name).write_bytes(content[:-500] if name == "a.nii" else content)
+    with pytest.raises(InputError, match=f"{name}: cannot be read"):
+        segment(nib.load(tmp_path / name), model=stand_in(), device="cpu")
+
+
+def test_a_bfloat16_tensor_is_an_image(scan: Scan) -> None:
+    tensor = torch.from_numpy(scan.data).bfloat16()
+    np.testing.assert_array_equal(as_volume((tensor, scan.affine)).data, tensor.float().numpy())
+
+
 AFFINE = np.eye(4)
 CONTENT = np.arange(60.0).reshape(3, 4, 5)
 
@@ -156,6 +174,8 @@ CONTENT = np.arange(60.0).reshape(3, 4, 5)
         ((CONTENT * np.nan, AFFINE), "no finite voxel"),
         ((CONTENT + 1j, AFFINE), "complex"),
         ((CONTENT.astype(str), AFFINE), "expected numbers"),
+        (([[[1, 2], [3]]], AFFINE), "the array: .* expected a 3-D array"),
+        ((torch.ones(3, 4, 5).to_sparse(), AFFINE), "the array: .* expected a 3-D array"),
         ((CONTENT[:0], AFFINE), "empty dimension"),
         ((CONTENT, AFFINE * 1000), "correct the voxel size"),
         (Volume(np.full((3, 4, 5), np.inf), AFFINE), "the volume: holds no finite voxel"),
@@ -180,7 +200,7 @@ def test_arguments_reach_the_segmentation(scan: Scan, monkeypatch: pytest.Monkey
     monkeypatch.setattr(api, "segment_volume", fake)
     with pytest.raises(InputError, match="enough"):
         segment(
-            scan.path, model=stand_in(), device=torch.device("cpu"), mode="robust", voxel_size_mm=0.75,
+            scan.path, model=stand_in(), device=torch.device("cpu"), mode="robust", voxel_size_mm="0.75",  # type: ignore[arg-type]
             crop_mm=150, threads=before + 1, keep_posteriors=True, quality=False,
         )  # fmt: skip
     ((options, device, threads),) = asked
@@ -209,8 +229,13 @@ def test_a_scheme_renames_the_labels(scan: Scan) -> None:
     [
         ({"mode": "slow"}, ConfigError, "slow"),
         ({"voxel_size_mm": -1}, ConfigError, "voxel size"),
+        ({"voxel_size_mm": "small"}, ConfigError, "voxel_size_mm='small'"),
+        ({"voxel_size_mm": (1, 1, 2)}, ConfigError, r"voxel_size_mm=\(1, 1, 2\)"),
         ({"crop_mm": (100, 100)}, ConfigError, "one side"),
+        ({"crop_mm": "abc"}, ConfigError, "crop_mm .* got 'abc'"),
+        ({"crop_mm": [100, [100, 90]]}, ConfigError, "crop_mm"),
         ({"threads": 0}, ConfigError, "threads"),
+        ({"threads": "2"}, ConfigError, "threads='2'"),
         ({"scheme": "sima16"}, LabelError, "siam16"),
         ({"device": "gpu"}, DeviceError, "gpu"),
         ({"model": "no_such_model"}, CheckpointError, "no_such_model"),

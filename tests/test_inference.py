@@ -433,6 +433,41 @@ def test_only_the_box_in_the_middle_of_the_head_is_analysed() -> None:
     assert sum(result.hard_ml.values()) == pytest.approx(64 * 48 * 56 * 8 / 1000)
 
 
+def ct_head() -> np.ndarray:
+    """Noisy air, skin of fat, a skull about 1000 HU and a brain of 20 to 50 HU, in 40 x 44 x 48 voxels."""
+    rng = np.random.default_rng(0)
+    distance = np.max(np.abs(np.indices((40, 44, 48)) - np.array([19.5, 21.5, 23.5])[:, None, None, None]), 0)
+    hu = rng.normal(-1000, 10, distance.shape)
+    hu[distance < 16] = -80
+    hu[distance < 15] = rng.normal(1000, 50, (distance < 15).sum())
+    hu[distance < 12] = rng.uniform(20, 50, (distance < 12).sum())
+    return hu.astype(np.float32)
+
+
+@pytest.mark.parametrize("side_mm", [60.0, 52.0])
+def test_a_ct_is_windowed_when_the_box_that_is_analysed_holds_no_air(side_mm: float) -> None:
+    hu, affine = ct_head(), np.diag([2.0, 2.0, 2.0, 1.0])
+    assert (hu[6:-6, 8:-8, 10:-10] > -500).all()
+    shown = []
+    for data in (hu, hu.clip(*intensity.CT_WINDOW_HU)):
+        network = Recorder()
+        segment(Volume(data, affine), Fake(network), CPU, Options(crop_mm=(side_mm,) * 3, mixed_precision=False))
+        shown.append(network.seen[0])
+    torch.testing.assert_close(*shown, rtol=0, atol=0)
+
+
+def test_fill_around_a_standardised_brain_is_air_in_a_box_that_holds_little_of_it() -> None:
+    rng = np.random.default_rng(0)
+    data = np.zeros((40, 44, 48), np.float32)
+    data[6:34, 8:36, 10:38] = rng.normal(0, 1, (28, 28, 28))
+    data[16:24, 18:26, 20:28] = 0  # a hole that is filled as well
+    network = Recorder()
+    options = Options(crop_mm=(40.0,) * 3, mixed_precision=False)
+    segment(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])), Fake(network, window=(8, 8, 8)), CPU, options)
+    middle = tuple(n // 2 for n in network.seen[0].shape)
+    assert float(network.seen[0][middle]) == 0
+
+
 def test_posteriors_are_kept_on_demand() -> None:
     volume = ball()
     assert segment(volume, Fake(), CPU).posteriors is None
@@ -685,6 +720,16 @@ def test_clean_up_falls_back_to_background_where_nothing_else_was_likely() -> No
     np.testing.assert_array_equal(probabilities[:, 6, 7, 8], [1, 0, 0, 0])
 
 
+@pytest.mark.parametrize(("height_mm", "pieces"), [(130.0, 1), (90.0, 2)])
+def test_a_thin_box_of_a_whole_head_is_cleaned_as_a_thin_field_of_view(height_mm: float, pieces: int) -> None:
+    data = np.zeros((60, 62, 70), np.float32)
+    data[6:30, 10:50, 20:50] = data[36:54, 12:48, 22:48] = 100
+    data[30:36, 30, 3:67] = 30  # between them, above and below
+    options = Options(crop_mm=(130.0, 130.0, height_mm), mixed_precision=False)
+    labels = segment(Volume(data, np.diag([2.0, 2.0, 2.0, 1.0])), Fake(), CPU, options).labels
+    assert ndimage.label(labels == 7)[1] == pieces
+
+
 def test_in_a_thin_field_of_view_large_pieces_stay() -> None:
     labels = np.zeros((30, 9, 4), int)
     labels[1:10, 1:8, 1:3], labels[12:20, 1:8, 1:3], labels[25, 1, 1] = 1, 1, 1
@@ -707,4 +752,6 @@ def test_timings_and_remarks() -> None:
     assert steps == list(result.timings_s) == ["conform", "network", "clean-up", "resample", "quality"]
     assert result.warnings[0] == "a remark on the file"
     assert "8 ml" in result.warnings[1]
+    cropped = segment(volume, Fake(window=(64, 64, 64)), CPU, Options(crop_mm=(30.0,) * 3))
+    assert cropped.warnings == ["a remark on the file"]
     assert canonical(volume).axcodes == ("R", "A", "S")

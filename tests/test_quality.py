@@ -97,6 +97,7 @@ def evidence_of(labels: np.ndarray, table: LabelTable, **changes: Any) -> Eviden
     volumes = dict(zip(table.names, ml.tolist(), strict=True))
     evidence = Evidence(
         scan=Volume((1000 * image).astype(np.float32), np.diag([VOXEL_MM] * 3 + [1.0])),
+        head=(slice(None), slice(0, labels.shape[1]), slice(None)),
         box=(slice(None), slice(0, labels.shape[1]), slice(None)),
         image=torch.from_numpy(image),
         probabilities=probabilities,
@@ -229,7 +230,8 @@ def test_a_brain_that_is_cut_all_around_is_said_to_be_so_once(head: np.ndarray, 
 
 
 def test_a_box_asked_for_by_the_user_is_no_surprise(head: np.ndarray, table: LabelTable) -> None:
-    assert flags(evidence_of(np.ascontiguousarray(head[:, :, 30:76]), table, cropped=True)) == ()
+    whole, part = evidence_of(head, table), evidence_of(np.ascontiguousarray(head[:, :, 30:76]), table)
+    assert flags(replace(part, scan=whole.scan, box=(slice(None), slice(None), slice(30, 76)))) == ()
 
 
 def test_a_tight_crop_that_only_touches_the_brain_is_no_cut(head: np.ndarray, table: LabelTable) -> None:
@@ -244,7 +246,8 @@ def test_ventricles_at_the_border_are_flagged(head: np.ndarray, table: LabelTabl
     # The same box, but cut out of a larger scan because the rest is air.
     larger = evidence_of(np.ascontiguousarray(head[48:]), table)
     scan = Volume(np.zeros(SHAPE, np.float32), larger.scan.affine)
-    found = flags(replace(larger, scan=scan, box=(slice(48, 88), slice(None), slice(None))))
+    box = (slice(48, 88), slice(None), slice(None))
+    found = flags(replace(larger, scan=scan, head=box, box=box))
     assert not any("ventricles touch" in flag for flag in found)
 
 
@@ -288,6 +291,16 @@ def test_ct_is_only_flagged_outside_of_hounsfield_units(
     for data, expected in ((hu, False), (hu + 1024, True), ((hu + 1000) / 3000, True), (good.scan.data, False)):
         found = flags(replace(good, scan=Volume(data.astype(np.float32), good.scan.affine)))
         assert any("CT outside the Hounsfield range" in flag for flag in found) == expected
+
+
+def test_ct_is_told_from_the_whole_head_when_a_part_without_air_is_analysed(
+    good: Evidence, head: np.ndarray, table: LabelTable
+) -> None:
+    box = (slice(25, 63), slice(25, 80), slice(24, 76))  # brain, dura and a part of the skull
+    hu = hounsfield(head, table, 3.0)
+    assert hu[box].min() > -500
+    for data, expected in ((hu, False), (hu + 1024, True)):
+        assert look_at(replace(good, scan=Volume(data, good.scan.affine), box=box)).ct_elsewhere == expected
 
 
 def test_a_scan_of_one_grey_is_flagged(good: Evidence) -> None:

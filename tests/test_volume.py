@@ -220,6 +220,17 @@ def test_a_damaged_qform_beside_a_good_sform_is_remarked_on(tmp_path: Path) -> N
     np.testing.assert_allclose(nib.load(tmp_path / "b.nii.gz").affine, affine)
 
 
+def test_a_qform_that_is_no_number_is_remarked_on(tmp_path: Path) -> None:
+    affine = np.diag([5.0, 6.0, 7.0, 1.0])
+    content = bytearray(nifti(tmp_path / "a.nii", affine, affine).read_bytes())
+    content[256:268] = np.full(3, np.nan, "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    volume = load_volume(tmp_path / "a.nii")
+    assert volume.warnings == ("the qform of the header is damaged; the sform is used",)
+    save_label_map(tmp_path / "b.nii.gz", np.zeros((60, 62, 64), int), volume, [1], affine=np.diag([2.5, 3, 3.5, 1]))
+    np.testing.assert_allclose(nib.load(tmp_path / "b.nii.gz").header.get_qform(), np.diag([2.5, 3, 3.5, 1]))
+
+
 def test_what_the_library_mends_in_a_header_is_not_printed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,6 +456,28 @@ def test_header_fields_survive(tmp_path: Path) -> None:
     assert result.dataobj.slope == 1
     assert result.dataobj.inter == 0
     np.testing.assert_array_equal(np.asarray(result.dataobj), labels)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1.0), ("meter", 1000.0)])
+def test_on_another_grid_qform_and_sform_lead_where_they_led(tmp_path: Path, unit: str, mm: float) -> None:
+    """To the scanner and to a template, for example: the middle of the image stays where either puts it."""
+    scanner, template = oblique_affine(2, (5.0, 6.0, 7.0)), oblique_affine(3, (5.0, 6.0, 7.0))
+    in_unit = np.diag([1 / mm, 1 / mm, 1 / mm, 1.0])
+    volume = load_volume(nifti(tmp_path / "a.nii", in_unit @ scanner, in_unit @ template, (1, 4), unit))
+    halved = np.diag([0.5, 0.5, 0.5, 1.0])  # voxels, with the same outer faces
+    halved[:3, 3] = -0.25
+    labels = np.zeros((60, 62, 64), int)
+    save_label_map(tmp_path / "b.nii.gz", labels, volume, [1], affine=volume.affine @ halved)
+    header = nib.load(tmp_path / "b.nii.gz").header
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (1, 4)
+    np.testing.assert_allclose(header.get_zooms(), (2.5, 3.0, 3.5), rtol=1e-5)
+    for found, expected in ((header.get_qform(), scanner), (header.get_sform(), template)):
+        np.testing.assert_allclose(
+            nib.affines.apply_affine(found, [29.5, 30.5, 31.5]),
+            nib.affines.apply_affine(expected, [14.5, 15, 15.5]),
+            atol=1e-3,
+        )
+        np.testing.assert_allclose(found[:3, :3], expected[:3, :3] / 2, atol=1e-4)
 
 
 def test_large_ids_are_written_as_int16(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ class Evidence:
     Attributes
     ----------
     scan : the whole scan as it was read, in RAS+ order, raw intensities (NaN and infinity allowed).
-    box : the part of ``scan``, in its voxels, that was analysed (air beyond it, or cut off by the user). The network's
+    head : the part of ``scan``, in its voxels, that holds the head.
+    box : the part of ``scan`` that was analysed: ``head``, or less of it if the user asked for that. The network's
         grid shares its centre and covers it, and is at most one voxel of the network larger along each axis.
-    cropped : whether the user asked for a box smaller than the head, so that cut structures are no surprise.
     image : the network's input, in [0, 1], (D, H, W).
     probabilities : after clean-up, float16 (C, D, H, W).
     winner : index in ``table`` of the most probable class, uint8 (D, H, W).
@@ -48,6 +48,7 @@ class Evidence:
     """
 
     scan: Volume
+    head: Box
     box: Box
     image: torch.Tensor
     probabilities: torch.Tensor
@@ -59,8 +60,12 @@ class Evidence:
     removed_voxels: np.ndarray
     mode: Literal["default", "fast", "robust"] = "default"
     agreement: Mapping[str, float] | None = None
-    cropped: bool = False
     rescaled: bool = False
+
+    @property
+    def cropped(self) -> bool:
+        """Whether the user asked for a box smaller than the head, so that cut structures are no surprise."""
+        return self.box != self.head
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Intensities:
 
 def look_at(evidence: Evidence) -> Intensities:
     """Figures of one scan."""
-    data = evidence.scan.data[evidence.box]
-    return Intensities(_autocorrelation(data), _contrast(evidence), _is_ct_elsewhere(data))
+    data = evidence.scan.data
+    return Intensities(_autocorrelation(data[evidence.box]), _contrast(evidence), _is_ct_elsewhere(data[evidence.head]))
 
 
 def _autocorrelation(data: np.ndarray) -> float:
