@@ -71,6 +71,25 @@ def test_priors_are_written_and_used(folders: tuple[Path, Path], tmp_path: Path)
     assert '"name": "priors"' in (tmp_path / "samples" / "0000_plan.json").read_text()
 
 
+def test_maps_beside_the_scans_are_not_measured_as_scans(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, maps = folders
+    assert run(arguments(scans, maps, tmp_path / "apart.yaml")) == 0
+    for file in sorted(maps.iterdir()):
+        file.rename(scans / file.name)
+    assert run(arguments(scans, scans, tmp_path / "together.yaml")) == 0
+    assert (tmp_path / "together.yaml").read_text() == (tmp_path / "apart.yaml").read_text()
+    for number in range(2):
+        (scans / f"s{number}.nii.gz").rename(maps / f"s{number}.nii.gz")
+    capsys.readouterr()
+    assert run(arguments(scans, scans, tmp_path / "none.yaml")) == 2
+    assert "only label maps" in one_error(capsys)
+    assert run(arguments(maps, maps, tmp_path / "none.yaml")) == 2
+    assert "no label maps" in one_error(capsys)
+    assert not (tmp_path / "none.yaml").exists()
+
+
 def test_an_existing_file_is_kept_unless_told(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

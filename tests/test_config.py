@@ -41,6 +41,8 @@ def test_unknown_keys_name_the_nearest(record: dict[str, Any], message: str) -> 
         ("deform", "svf_spacing_mm", (30, 20)),
         ("deform", "flip_probability", 1.5),
         ("deform", "scaling", 1.0),
+        ("anatomy", "ventricle_ratio", (0.0, 3.0)),
+        ("anatomy", "nuclei_ratio", (0.0, 1.5)),
         ("contrast", "mean", (1.0, 0.0)),
         ("contrast", "mean", 3),
         ("contrast", "mean", "bright"),

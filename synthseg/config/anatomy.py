@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from synthseg.config.base import LengthRange, Section, Strength
+from synthseg.config.base import Length, LengthRange, Section
 
-Ratio = tuple[Strength, Strength]
+Ratio = tuple[Length, Length]
 
 
 class AnatomyConfig(Section):

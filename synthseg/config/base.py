@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
 from synthseg.errors import ConfigError
@@ -28,10 +28,12 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _ranges_are_ordered(cls, value: Any) -> Any:
+    def _ranges_are_ordered(cls, value: Any, info: ValidationInfo) -> Any:
+        is_list = info.field_name is not None and Ellipsis in get_args(cls.model_fields[info.field_name].annotation)
         if (
             isinstance(value, tuple)
             and len(value) == 2
+            and not is_list
             and all(isinstance(v, float) for v in value)
             and value[0] > value[1]
         ):

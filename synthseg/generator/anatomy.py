@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from synthseg.config import AnatomyConfig
+from synthseg.errors import ConfigError
 from synthseg.generator.borders import (
     EFFECTS,
     NUCLEI,
@@ -87,7 +88,8 @@ def sample_anatomy(config: AnatomyConfig, table: LabelTable, draw: Draw) -> Anat
     if changed and draw.chance(config.cortex_probability):
         if draw.chance(config.recarve_probability):
             thickness = draw.uniform(*config.recarve_mm)
-            recarve = shift(config.cortex_outer_mm).model_copy(update={"mean_mm": thickness})
+            carved = shift(config.cortex_outer_mm).model_copy(update={"mean_mm": thickness})
+            recarve = None if config.atrophy > 0 else carved  # atrophy is a part of the template's cortex
         else:
             shifts["cortex_outer"] = shift(config.cortex_outer_mm)
             shifts["cortex_inner"] = shift(config.cortex_inner_mm)
@@ -208,6 +210,7 @@ def _pair_shifts(template: Template, plan: AnatomyPlan, borders: Borders) -> tor
         )
     out[0] += size[None] - size[:, None]
     if plan.atrophy > 0:
+        check_atrophy(template, plan.atrophy)
         grey, fluid = members(table, ("gm",)), members(table, ("csf",))
         voxels = plan.atrophy * float(borders.volume[grey].sum())
         retreat = borders.shift_for(_indices(grey), _indices(fluid), voxels)
@@ -215,6 +218,21 @@ def _pair_shifts(template: Template, plan: AnatomyPlan, borders: Borders) -> tor
         out[0][lost] += retreat
         out[0][lost.T] -= retreat
     return torch.where(movable_pairs(table)[None], out, 0.0)
+
+
+def check_atrophy(template: Template, part: float) -> None:
+    """Raises ConfigError if the template's cortex cannot lose this part to CSF: too little of it lies near CSF."""
+    borders = borders_of(template)
+    grey, fluid = members(template.table, ("gm",)), members(template.table, ("csf",))
+    volume = int(borders.volume[grey].sum())
+    near = len(borders.margins(_indices(grey), _indices(fluid))) if grey.any() and fluid.any() else 0
+    if near < round(part * volume) or near == 0:
+        most = f"at most {math.floor(1000 * near / volume) / 1000:g}" if near else "none"
+        raise ConfigError(
+            f"anatomy.atrophy is {part:g}, but of the cortex of template {template.name} {most} can become CSF: what "
+            f"lies within reach of it; {'lower anatomy.atrophy' if near else 'set anatomy.atrophy to 0'}, or "
+            "leave this template out"
+        )
 
 
 def _indices(mask: torch.Tensor) -> tuple[int, ...]:

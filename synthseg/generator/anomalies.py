@@ -38,6 +38,7 @@ KINDS = {
 }
 FIRST_ID = 9001
 SUFFIX = "+anomalies"
+MOST_LABELS = 256  # what uint8 indices can tell apart
 
 
 class Blob(Record):
@@ -69,10 +70,17 @@ class AnomalyPlan(Record):
 def with_anomalies(template: Template, config: AnomalyConfig) -> Template:
     """The template with a table that also has a label for each kind; itself if the settings have no anomalies.
 
-    Raises LabelError later, when the network's scheme does not have the ``label`` of the settings.
+    Raises ConfigError if the table has no room for them, and LabelError later, when the network's scheme does not have
+    the ``label`` of the settings.
     """
     if config.probability == 0 or template.table.name.endswith(SUFFIX):
         return template
+    if len(template.table) + len(KINDS) > MOST_LABELS:
+        raise ConfigError(
+            f"anomalies.probability is above 0, but the {len(template.table)} labels of scheme '{template.table.name}' "
+            f"leave no room for the {len(KINDS)} kinds of anomalies; expected at most {MOST_LABELS - len(KINDS)}: "
+            "merge some of them, or set anomalies.probability to 0"
+        )
     return replace(template, table=_extended(template.table, config.label), cache={})
 
 

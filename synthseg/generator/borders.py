@@ -37,8 +37,10 @@ CELL_MM = 4.0
 
 
 def members(table: LabelTable, tissues: Collection[str]) -> torch.Tensor:
-    """Which labels of the table are of these tissues, bool (n_labels,)."""
-    return torch.from_numpy(tissue_mask(table, tissues))
+    """Which labels of the table are of these tissues, bool (n_labels,); the background is of none."""
+    found = torch.from_numpy(tissue_mask(table, tissues))
+    found[0] = False
+    return found
 
 
 def movable_pairs(table: LabelTable) -> torch.Tensor:

@@ -19,6 +19,7 @@ from synthseg.generator.hounsfield import CTPlan
 from synthseg.generator.means import (
     LOOK_ALIKES,
     Means,
+    check_named,
     inverted,
     measured_means,
     named_contrasts,
@@ -28,11 +29,12 @@ from synthseg.generator.means import (
     tie_touching,
 )
 from synthseg.generator.physics import sample_physics
+from synthseg.generator.priors import tissues_of
 from synthseg.generator.reading import Reading
 from synthseg.generator.texture import Clusters, Octaves
 from synthseg.labels import BRAIN_TISSUES, LabelTable
 
-__all__ = ["LOOK_ALIKES", "ContrastPlan", "named_contrasts", "paint", "sample_contrast"]
+__all__ = ["LOOK_ALIKES", "ContrastPlan", "check_named", "named_contrasts", "paint", "sample_contrast"]
 
 
 class ContrastPlan(Record):
@@ -58,9 +60,11 @@ def sample_contrast(
     config: ContrastConfig, table: LabelTable, extent_mm: tuple[float, ...], draw: Draw, strip: bool
 ) -> ContrastPlan:
     """Means are drawn per tissue, so that left and right, and parts of one tissue, agree."""
+    check_named(config)
     priors = priors_of(config)
     name = draw.pick(config.weights())
-    tissues = sorted({label.tissue for label in table.labels} | {"gm", "wm", "csf", "soft", "bone_cortical"})
+    order = tissues_of(table)
+    tissues = sorted({*order, "gm", "wm", "csf", "soft", "bone_cortical"})
     if name == "random":
         found = random_means(config, tissues, draw)
     elif name == "physics":
@@ -98,7 +102,6 @@ def sample_contrast(
     noise_seed = draw.seed()
     # What follows was added later: it is drawn after the rest, so that earlier draws stay what they were.
     means, parts = _ties_and_inversion(config, found, tissues, draw)
-    order = [label.tissue for label in table.labels]
     unit = (
         hounsfield.unit_hu
         if in_hu

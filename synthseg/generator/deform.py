@@ -96,6 +96,25 @@ def exponential(velocity: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
     return moved
 
 
+def _lattice(shape: Sequence[int], voxel_size_mm: float, fine: bool) -> list[int]:
+    """Points along each axis of the lattice that is deformed."""
+    spacing = FINE_LATTICE_MM if fine else LATTICE_MM
+    return [max(2, min(n, math.ceil((n - 1) * voxel_size_mm / spacing) + 1)) for n in shape]
+
+
+def perturbation(
+    plan: DeformPlan, shape: Sequence[int], voxel_size_mm: float, fine: bool, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The perturbation of a view as `coordinates` applies it, at every output voxel, mm, (3, D, H, W).
+
+    ``fine``: the coordinates are found with a ``displacement``.
+    """
+    if plan.perturbation_mm is None:
+        return torch.zeros((3, *shape), device=device)
+    lattice = _lattice(shape, voxel_size_mm, fine)
+    return resize(resize(plan.perturbation_mm.tensor(device)[None], lattice), shape)[0]
+
+
 def coordinates(
     plan: DeformPlan,
     shape: Sequence[int],
@@ -110,8 +129,7 @@ def coordinates(
     ``displacement`` takes positions (3, D, H, W) in mm from the template's centre and gives what to add to them.
     """
     extent = [(n - 1) * voxel_size_mm for n in shape]
-    fineness = LATTICE_MM if displacement is None else FINE_LATTICE_MM
-    lattice = [max(2, min(n, math.ceil(e / fineness) + 1)) for n, e in zip(shape, extent, strict=True)]
+    lattice = _lattice(shape, voxel_size_mm, fine=displacement is not None)
     axes = [torch.linspace(-e / 2, e / 2, n, device=device) for n, e in zip(lattice, extent, strict=True)]
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     if plan.perturbation_mm is not None:

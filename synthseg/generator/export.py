@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from synthseg import rng
 from synthseg.config import GeneratorConfig
 from synthseg.errors import ConfigError, OutputError, TemplateError
+from synthseg.generator.anatomy import check_atrophy
 from synthseg.generator.anomalies import for_plan, with_anomalies
 from synthseg.generator.plan import Plan
 from synthseg.generator.views import render_views, sample_views
@@ -112,9 +113,14 @@ def generate(
 ) -> None:
     """Write samples 0 to count - 1, each from a template drawn at random; with views, several images of each."""
     templates = [with_anomalies(template, config.anomalies) for template in templates]
-    for number in range(count):
-        which = int(torch.randint(len(templates), (), generator=rng.generator(seed, number, "template")))
-        template = templates[which]
+    drawn = [
+        templates[int(torch.randint(len(templates), (), generator=rng.generator(seed, number, "template")))]
+        for number in range(count)
+    ]
+    if config.anatomy.atrophy > 0:
+        for template in drawn:
+            check_atrophy(template, config.anatomy.atrophy)
+    for number, template in enumerate(drawn):
         plans = sample_views(config, template.name, template.table, seed, number)
         write_sample(folder, number, template, plans, scheme or template.table, device, on_done)
 

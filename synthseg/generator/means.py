@@ -103,6 +103,14 @@ def named_contrasts() -> dict[str, dict[str, tuple[float, float]]]:
     return {name: {t: (float(r[0]), float(r[1])) for t, r in tissues.items()} for name, tissues in table.items()}
 
 
+def check_named(config: ContrastConfig) -> None:
+    """Raises ConfigError if a contrast that is given a weight by name is not in contrasts.yaml."""
+    known = ["random", *named_contrasts()]
+    unknown = sorted(set(config.named_weights) - set(known))
+    if unknown:
+        raise ConfigError(f"contrast.named_weights: there is no contrast {unknown}; known: {', '.join(known)}")
+
+
 def random_means(config: ContrastConfig, tissues: Sequence[str], draw: Draw) -> Means:
     """Any mean for any tissue; a tissue may look like its look-alike, and air is dark."""
     means = {tissue: draw.uniform(*config.mean) for tissue in tissues}
@@ -114,11 +122,8 @@ def random_means(config: ContrastConfig, tissues: Sequence[str], draw: Draw) -> 
 
 
 def named_means(name: str, tissues: Sequence[str], draw: Draw) -> Means:
-    """Means in the ranges of contrasts.yaml. Raises ConfigError if there is no such contrast."""
-    ranges = named_contrasts().get(name)
-    if ranges is None:
-        known = ", ".join(["random", *named_contrasts()])
-        raise ConfigError(f"contrast.named_weights: there is no contrast '{name}'; known: {known}")
+    """Means in the ranges of contrasts.yaml."""
+    ranges = named_contrasts()[name]
     means = {tissue: draw.uniform(*ranges.get(tissue, (0.0, 1.0))) for tissue in tissues}
     fat, muscle = (sum(ranges[tissue]) / 2 for tissue in ("fat", "muscle"))
     return Means(name, means, parts={"soft": (fat, muscle), "skin": (fat,)})

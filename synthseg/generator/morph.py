@@ -160,8 +160,11 @@ def find_morph(template: Template) -> Morph:
     return found
 
 
-def _ventricle_volumes(template: Template, morph: Morph) -> torch.Tensor:
-    """Volume for each shift of the wall, measured by reading the template, and made to rise with the shift."""
+def _ventricle_volumes(template: Template, morph: Morph) -> torch.Tensor | None:
+    """Volume for each shift of the wall, measured by reading the template, and made to rise with the shift.
+
+    None if the ventricles are so small that no point reads them.
+    """
     mask = torch.from_numpy(tissue_mask(template.table, ("ventricle",)))[template.labels.int()]
     spacing = torch.tensor(template.spacing_mm)
     margin = torch.ceil(12.0 / spacing).int()
@@ -178,5 +181,8 @@ def _ventricle_volumes(template: Template, morph: Morph) -> torch.Tensor:
     for shift in REACH_MM.tolist():
         at = torch.minimum((voxel + shift * once).round().clamp_min(0), limit).long()
         counts.append(float(mask[at[0], at[1], at[2]].sum()))
-    volumes = torch.tensor(counts) / float(np.interp(0.0, REACH_MM.numpy(), np.array(counts)))
+    unchanged = float(np.interp(0.0, REACH_MM.numpy(), np.array(counts)))
+    if unchanged == 0:
+        return None
+    volumes = torch.tensor(counts) / unchanged
     return torch.cummax(volumes, 0).values + 1e-6 * torch.arange(len(counts))

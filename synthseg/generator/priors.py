@@ -29,7 +29,9 @@ FEWEST_VOXELS = 50
 MAD_TO_STD = 1.4826  # of a normal distribution
 WIDEN_MEAN = 0.03  # at least; else a quarter of the spread over the scans
 OUTER_TISSUES = frozenset({"skin", "soft", "fat", "muscle"})  # where one is labelled, background is air
-_ROLE = re.compile(r"[_.-]?(image|img|t1w?|t2w?|flair|pdw?|ct|labels?|seg|dseg|aseg|aparc\+aseg|synthseg)$", re.I)
+_MAP_ROLES = r"labels?|seg|dseg|aseg|aparc\+aseg|synthseg"
+_MAP = re.compile(rf"(^|[_.-])({_MAP_ROLES})$", re.I)
+_ROLE = re.compile(rf"[_.-](image|img|t1w?|t2w?|flair|pdw?|ct|{_MAP_ROLES})$", re.I)
 
 
 class TissuePrior(Section):
@@ -103,13 +105,19 @@ def inner(tissue: np.ndarray) -> np.ndarray:
     return same
 
 
+def tissues_of(table: LabelTable) -> list[str]:
+    """The tissue of each label, in table order. The background is air, whatever its scheme says."""
+    return ["air", *(label.tissue for label in table.labels[1:])]
+
+
 def measure(image: np.ndarray, index: np.ndarray, table: LabelTable) -> dict[str, Measured]:
     """Median and spread of every tissue with enough voxels; ``index`` is a map of table indices on the image's grid.
 
     Voxels at a border mix two tissues, so they are left out wherever enough remain.
     """
-    names = sorted({label.tissue for label in table.labels})
-    tissue = np.array([names.index(label.tissue) for label in table.labels], dtype=np.uint8)[index]
+    tissues = tissues_of(table)
+    names = sorted(set(tissues))
+    tissue = np.array([names.index(name) for name in tissues], dtype=np.uint8)[index]
     present = {names[i] for i in np.unique(tissue)}
     values, core = normalised(image), inner(tissue)
     found = {}
@@ -149,8 +157,12 @@ def estimate(
     table: LabelTable,
     on_done: Callable[[Path], None] = lambda image: None,
 ) -> Priors:
-    """Measure every pair. Raises InputError or LabelError, naming the file, on a pair that cannot be used."""
-    pairs = pair_up(_image_files(images), _label_files(labels))
+    """Measure every pair. Raises InputError or LabelError, naming the file, on a pair that cannot be used.
+
+    Scans and their maps may lie in one folder: files there that are named as maps, or given as maps, are no scans.
+    """
+    maps = _label_files(labels, images)
+    pairs = pair_up(_image_files(images, maps), maps)
     scans = []
     for image_file, label_file in pairs:
         label_map = read_label_map(label_file)
@@ -182,7 +194,12 @@ def _key(file: Path) -> str:
     return stem
 
 
-def _image_files(paths: Sequence[Path]) -> list[Path]:
+def _named_as_map(file: Path) -> bool:
+    return _MAP.search(image_stem(file)) is not None
+
+
+def _image_files(paths: Sequence[Path], maps: Sequence[Path]) -> list[Path]:
+    given = {file.resolve() for file in maps}
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -190,17 +207,26 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         inside = sorted(p for p in path.iterdir() if image_suffix(p) and p.is_file() and not p.name.startswith("."))
-        if not inside:
-            raise InputError(f"{path}: no scan in this folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        files += inside
+        scans = [file for file in inside if not _named_as_map(file) and file.resolve() not in given]
+        if not scans:
+            raise InputError(
+                f"{path}: no scan in this folder{', only label maps' if inside else ''}; expected files that end in "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
+        files += scans
     return files
 
 
-def _label_files(paths: Sequence[Path]) -> list[Path]:
+def _label_files(paths: Sequence[Path], images: Sequence[Path]) -> list[Path]:
+    shared = {path.resolve() for path in images}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += label_map_files(path)
+            inside = label_map_files(path)
+            maps = [file for file in inside if _named_as_map(file)] if path.resolve() in shared else inside
+            if not maps:
+                raise InputError(f"{path}: holds scans and no label maps; beside scans, end their names in _seg")
+            files += maps
         else:
             check_readable(path)
             files.append(path)

@@ -103,10 +103,13 @@ def _fill_columns(target: torch.Tensor, columns: torch.Tensor, values: torch.Ten
 
 
 def slabs(volume: torch.Tensor) -> Iterator[slice]:
-    """Parts of a flattened volume to handle one after the other: small ones on a CPU, the whole on anything else."""
+    """Parts of a flattened volume to handle one after the other: small ones on a CPU, the whole on anything else.
+
+    A volume without voxels has one part, without voxels.
+    """
     n = volume.numel()
     step = SLAB if volume.device.type == "cpu" else max(n, 1)
-    for start in range(0, n, step):
+    for start in range(0, max(n, 1), step):
         yield slice(start, min(start + step, n))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from synthseg import rng
 from synthseg.config import GeneratorConfig
-from synthseg.generator.deform import resize
+from synthseg.generator import anatomy, deform
 from synthseg.generator.draw import Draw, Field3D
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
@@ -67,8 +67,8 @@ def _displacement(config: GeneratorConfig, seed: int, index: int, view: int) -> 
 def render_views(template: Template, plans: Sequence[Plan], device: torch.device | str = "cpu") -> Views:
     """Render the views of one anatomy together."""
     images, labels = render([template] * len(plans), plans, device)
-    moved = torch.zeros((len(plans), 3, *plans[0].shape), device=device)
-    for v, plan in enumerate(plans):
-        if plan.deform.perturbation_mm is not None:
-            moved[v] = resize(plan.deform.perturbation_mm.tensor(device)[None], plan.shape)[0]
-    return Views(images, labels, moved, tuple(plans))
+    moved = []
+    for plan in plans:
+        fine = plan.anatomy is not None and anatomy.moves(plan.anatomy)
+        moved.append(deform.perturbation(plan.deform, plan.shape, plan.voxel_size_mm, fine, device))
+    return Views(images, labels, torch.stack(moved), tuple(plans))

@@ -109,6 +109,8 @@ def choose_grid(seen: Survey, machine: Machine, voxel_size_mm: float | None = No
     channels, subpixel = ((16, 32, 64, 128), 1) if voxel >= 3 else ((32, 64, 128, 192), 2)
     multiple = subpixel * 2 ** (len(channels) - 1)
     whole = [max(multiple, math.ceil(mm * MARGIN / voxel / multiple) * multiple) for mm in seen.extent_mm]
+    if max(whole) == multiple:  # a single voxel at the coarsest level could not be normalised
+        whole[int(np.argmax(seen.extent_mm))] *= 2
     sides, limit = list(whole), LARGEST_PATCH["cpu" if slow else "other"]
     while math.prod(sides) > limit:
         longest = max(range(3), key=lambda axis: (sides[axis], axis))  # the neck before the face
@@ -260,7 +262,9 @@ def start_project(
     if scheme and labels:
         raise LabelError(f"--scheme {scheme} and --labels {labels} both say what the ids mean; give one of them")
     if labels and not labels.is_file():
-        raise LabelError(f"{labels}: no such file; give a FreeSurfer colour table, a dseg.tsv or a scheme's JSON")
+        raise LabelError(
+            f"{labels}: no such file; give a table of FreeSurfer or ITK-SNAP, a dseg.tsv or a scheme's JSON"
+        )
     found = look(source)
     tell(f"{source}: {found.kind}, {len(found.maps)} of them")
     for note in found.notes:

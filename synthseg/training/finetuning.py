@@ -33,9 +33,9 @@ from synthseg.training.examples import Example, load_examples
 from synthseg.training.run import Run, check_grid
 from synthseg.training.scenes import ImagePlan, image_plan, moved, painted
 from synthseg.training.state import Tensors
-from synthseg.training.stream import Stream, template_of
+from synthseg.training.stream import Stream, group_table, template_of
 from synthseg.training.tasks import Pair, Segmentation, Task, make_task, without_artefacts
-from synthseg.training.validation import whole_head
+from synthseg.training.validation import told_apart, whole_head
 
 VALIDATION_SEED = 977
 
@@ -85,6 +85,8 @@ def check(config: FinetuneConfig, world: int = 1) -> None:
             "frozen features need a trained network: name it with init (siam16, or a file of 'synthseg pretrain'), "
             "or set frozen: false to train a network from random weights"
         )
+    if config.task == "segmentation" and config.dice_weight == config.cross_entropy_weight == 0:
+        raise ConfigError("there is nothing to learn: give dice_weight or cross_entropy_weight a weight")
     if config.few_shot and config.templates and config.images:
         raise ConfigError("few_shot counts images of templates or real ones; give templates or images, not both")
     if config.images and config.few_shot > len(config.images):
@@ -185,10 +187,12 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
             tables += [one.table for one in (*self.examples, *self.held_out_examples) if one.table is not None]
             for table in tables:
                 table.groups(self.target)  # or a LabelError, before anything is drawn
+            self._check_scorable()
         self.heads: dict[str, dict[str, Any]] = {}
         self.channels: dict[str, int] = {}
         if config.init and config.frozen:  # what other heads say stays true while the features do not change
-            weights, record = read_weights(model_path(config.init))
+            last = self.folder / f"{self.last_name}.safetensors"  # a run that goes on needs the file of init no more
+            weights, record = read_weights(last if self.resuming and last.is_file() else model_path(config.init))
             named, heads = as_feature_weights(weights, record)
             self.heads = {name: head for name, head in heads.items() if head["task"] != config.task}
             cells = config.network.subpixel**3
@@ -198,6 +202,18 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
             described["labels"] = self.target.to_dict()
         self.heads[config.task] = described
         self.channels[config.task] = self.task.channels
+
+    def _check_scorable(self) -> None:
+        """Raise ConfigError unless the labels of all that is held out tell a class from the others."""
+        for key, held_out in (("templates", self.held_out), ("images", self.held_out_examples)):
+            for one in held_out:
+                assert one.table is not None
+                index, groups = group_table(one.table, self.target)
+                if not len(told_apart(index[one.labels.int()].numpy(), groups.numpy())):
+                    raise ConfigError(
+                        f"validation_{key}: the labels of {one.name} tell no class of {self.target.name} from the "
+                        f"others; is '{one.table.name}' their scheme? Mend it, or leave {one.name} out"
+                    )
 
     def make_network(self) -> TaskNetwork:
         network = TaskNetwork(self.config.network, self.channels, self.config.task, self.config.frozen)
@@ -253,7 +269,7 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         return torch.stack(losses).mean(), torch.tensor(figures, device=self.fabric.device)
 
     def _figure(self, result: torch.Tensor, pair: Pair) -> float:
-        return self.task.figures(result, pair)[self.task.figure] if bool(pair.head.any()) else float("nan")
+        return self.task.figures(result, pair)[self.task.figure] if self.task.measurable(pair) else float("nan")
 
     # -- validation --------------------------------------------------------------------------------------------------
     def validation_pairs(self) -> dict[str, list[Pair]]:
@@ -273,7 +289,10 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         return found
 
     def validate(self) -> float:
-        """Score of the averaged weights: the mean Dice, or the part of the baseline's mean error that is gone."""
+        """Score of the averaged weights: the mean Dice, or the part of the baseline's mean error that is gone.
+
+        Images that show nothing that could be measured are left out; NaN if there is no other.
+        """
         if not self.held_out and not self.held_out_examples:
             return float("nan")
         task, rows = self.task, {}
@@ -281,15 +300,19 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         with self.averaged(), torch.no_grad():
             for name, pairs in self.validation_pairs().items():
                 found: dict[str, list[float]] = {}
-                for pair in (one.to(self.fabric.device) for one in pairs):
+                for pair in (one.to(self.fabric.device) for one in pairs if task.measurable(one)):
                     result = task.result(self.network(pair.image[None]), pair.image[None])[0]
                     for key, value in task.figures(result, pair).items():
                         found.setdefault(key, []).append(value)
                     for key, value in task.figures(task.baseline(pair), pair).items():
                         found.setdefault(f"baseline_{key}", []).append(value)
+                if not found:
+                    continue
                 row = {key: float(np.mean(values)) for key, values in found.items()}
                 row["score"] = task.score(row[task.figure], row[without])
                 rows[name] = {key: round(value, 5) for key, value in row.items()}
+        if not rows:
+            return float("nan")
         means = [float(np.mean([row[key] for row in rows.values()])) for key in (task.figure, without)]
         mean = task.score(*means)
         self.state.validation = {

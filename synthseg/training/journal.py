@@ -112,13 +112,14 @@ class Journal:
             self._log.flush()
 
     def validated(self, state: RunState) -> None:
-        """A validation is done; its figures are the last ones of the state."""
+        """A validation is done; its figures are the last ones of the state: those of its ``terms`` if it has some."""
         if not self.active or not state.validation:
             return
         for name, row in (state.validation.get("scans") or {}).items():
             mean = sum(row.values()) / len(row)
             self._curves.add_scalar(f"scan/{name}", mean, state.step)
             self._log.write(f"# {state.step} scan {name} {mean:.4f}\n")
-        self._curves.add_scalar(f"validation/{self.figure}", state.validation["mean"], state.step)
-        self._log.write(f"# {state.step} validation {state.validation['mean']:.4f}\n")
+        for name, value in (state.validation.get("terms") or {self.figure: state.validation["mean"]}).items():
+            self._curves.add_scalar(f"validation/{name}", value, state.step)
+            self._log.write(f"# {state.step} validation {name} {value:.4f}\n")
         self._log.flush()

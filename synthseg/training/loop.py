@@ -37,6 +37,8 @@ def check(config: TrainConfig, world: int = 1) -> None:
     """Refuse a recipe that cannot run on ``world`` devices, before any template is loaded."""
     check_grid(config, world)
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
+    if config.dice_weight == config.cross_entropy_weight == 0:
+        raise ConfigError("there is nothing to learn: give dice_weight or cross_entropy_weight a weight")
     unknown = sorted(
         contrast
         for contrast in {*config.validation_contrasts} - set(named_contrasts())

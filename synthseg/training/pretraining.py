@@ -69,6 +69,11 @@ def check(config: PretrainConfig, world: int = 1) -> None:
                 f"-1 is the finest, {-levels} the coarsest"
             )
         structures = len(load_scheme(config.scheme)) - 1
+        if term.loss == "equiangular" and structures < 2:
+            raise ConfigError(
+                f"contrast[{number}]: equiangular is for several structures, and {config.scheme} has {structures}; "
+                "choose another loss, or a scheme with several"
+            )
         if term.loss == "equiangular" and structures > term.dimensions + 1:
             raise ConfigError(
                 f"contrast[{number}].dimensions: {term.dimensions} hold {term.dimensions + 1} class vectors at equal "
@@ -81,7 +86,9 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
 
     model_name: ClassVar[str] = "pretrained"
     last_name: ClassVar[str] = "pretrained"
-    fixed: ClassVar[tuple[str, ...]] = ("contrast",)
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("contrast", "anatomy_weight", "gradient_weight", "segmentation_weight", "generator.views"),
+    )
     plain: Objective
 
     def check(self, world: int) -> None:
@@ -264,17 +271,18 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
         if not self.held_out:
             return float("nan")
         stream = ViewStream(self.config, self.held_out, self.target)
-        sums: dict[str, float] = {}
+        found: dict[str, list[float]] = {}
         with self.averaged(), torch.no_grad():
             for which in range(len(self.held_out)):
                 batch = stream.anatomies([(which, which)], VALIDATION_SEED).to(self.fabric.device)
                 terms, figures = self._all_terms(batch, None)
-                found = {name: (float(value), weight) for name, (value, weight) in terms.items()}
-                found[self.figure_name()] = float(figures.nanmean()), 0.0
-                found["loss"] = sum(value * weight for value, weight in found.values()), 0.0
-                for name, (value, _) in found.items():
-                    sums[name] = sums.get(name, 0.0) + value / len(self.held_out)
-        table = {name: round(value, 4) for name, value in sums.items()}
+                row = {name: float(value) for name, (value, _) in terms.items()}
+                row["loss"] = sum(row[name] * weight for name, (_, weight) in terms.items())
+                if bool(figures.isfinite().any()):
+                    row[self.figure_name()] = float(figures.nanmean())
+                for name, value in row.items():
+                    found.setdefault(name, []).append(value)
+        table = {name: round(sum(values) / len(values), 4) for name, values in found.items()}
         self.state.validation = {"step": self.state.step, "mean": -table["loss"], "terms": table}
         self.state.validations.append(self.state.validation)
         return -table["loss"]

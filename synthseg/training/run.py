@@ -26,7 +26,7 @@ from synthseg import __version__
 from synthseg.config import RunConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.anomalies import with_anomalies
-from synthseg.generator.contrast import named_contrasts
+from synthseg.generator.contrast import check_named
 from synthseg.generator.draw import Record
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import load_weights, weights_of
@@ -66,12 +66,13 @@ def check_grid(config: RunConfig, world: int = 1) -> None:
             f"generator.shape {list(config.generator.shape)} must be divisible by {multiple} for "
             f"{len(config.network.channels)} levels with subpixel {config.network.subpixel}; try {fitting}"
         )
-    random = {c for c in config.generator.contrast.named_weights if c.startswith("random")}
-    unknown = sorted({*config.generator.contrast.named_weights} - random - set(named_contrasts()))
-    if unknown:
+    if config.network.norm != "group" and all(n == multiple for n in config.generator.shape):
         raise ConfigError(
-            f"named_weights: there is no contrast {unknown}; known: {', '.join(['random', *named_contrasts()])}"
+            f"generator.shape {list(config.generator.shape)} is a single voxel at the coarsest of "
+            f"{len(config.network.channels)} levels, which norm '{config.network.norm}' cannot normalise; "
+            f"give one side {2 * multiple} or more, or the network fewer levels"
         )
+    check_named(config.generator.contrast)
 
 
 class Run(ABC, Generic[C, B]):
@@ -87,6 +88,7 @@ class Run(ABC, Generic[C, B]):
     ----------
     plain : what is trained, with the names of its weights. network : the same, as devices share it; call this one.
     ema : the averaged weights of ``plain``, by name: what is validated and saved. Empty but in the first process.
+    resuming : whether the run goes on from a saved state.
     model_name : the file that `run` returns. last_name : that of the weights of the last saved state.
     figure : what the second number of a step is called.
     """
@@ -117,6 +119,7 @@ class Run(ABC, Generic[C, B]):
             raise ConfigError(
                 f"validation_templates: {sorted(shared)} are also trained on; a held-out figure needs others"
             )
+        self.resuming = resume
         self.prepare()
         self.state = RunState()
         self.file = StateFile(folder)

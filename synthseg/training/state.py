@@ -19,8 +19,8 @@ from synthseg.networks.checkpoint import read_tensors, save_tensors
 
 # What a resumed run may not change: its figures and its history would be false.
 FIXED_BY_THE_START = (
-    *("scheme", "templates", "validation_templates", "validation_scans"),
-    *("seed", "batch_size", "init", "grow", "network"),
+    *("scheme", "templates", "validation_templates", "validation_contrasts", "validation_scans"),
+    *("seed", "batch_size", "init", "grow", "network", "optimiser.name", "generator.voxel_size_mm", "generator.shape"),
 )
 Tensors = dict[str, torch.Tensor]
 
@@ -156,15 +156,23 @@ def _sync_folder(folder: Path) -> None:
 def check_same_run(config: RunConfig, record: dict[str, Any], path: Path, also: tuple[str, ...] = ()) -> None:
     """Raise ConfigError if a run would go on with what only a new run may have; ``also`` names further such keys."""
     now, default = (json.loads(some.model_dump_json()) for some in (config, type(config)()))
-    keys = [key for key in (*FIXED_BY_THE_START, *also) if key in now]
-    then = {key: record["config"].get(key, default[key]) for key in keys}
-    changed = [key for key in keys if then[key] != now[key]]
+    known = [key for key in (*FIXED_BY_THE_START, *also) if key.partition(".")[0] in now]
+    values = {key: (_setting(record["config"], key, _setting(default, key)), _setting(now, key)) for key in known}
+    changed = {key: values[key] for key in known if values[key][0] != values[key][1]}
     if changed:
+        first, (then, new) = next(iter(changed.items()))
         raise ConfigError(
-            f"{path}: the run was started with other {', '.join(changed)} "
-            f"({changed[0]}: {then[changed[0]]}, now {now[changed[0]]}); "
+            f"{path}: the run was started with other {', '.join(changed)} ({first}: {then}, now {new}); "
             "resume with the recipe of the run, or begin a new one with init"
         )
+
+
+def _setting(record: dict[str, Any], key: str, missing: Any = None) -> Any:
+    """The value at a path with dots, or ``missing`` where a record of an earlier version has none."""
+    section, _, rest = key.partition(".")
+    if section not in record:
+        return missing
+    return _setting(record[section], rest, missing) if rest else record[section]
 
 
 def history_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from synthseg.networks import task_heads
 from synthseg.training.losses import dice_and_cross_entropy, gradient_l1, l1
 from synthseg.training.scenes import Scene, scan
 from synthseg.training.stream import group_table
-from synthseg.training.validation import dice_of_groups
+from synthseg.training.validation import dice_of_groups, told_apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,10 @@ class Task(ABC):
     def figures(self, result: torch.Tensor, pair: Pair) -> dict[str, float]:
         """Figures of one image by name; ``figure`` is the first."""
 
+    def measurable(self, pair: Pair) -> bool:
+        """Whether an image shows anything that figures can be made of."""
+        return bool(pair.head.any())
+
     @abstractmethod
     def baseline(self, pair: Pair) -> torch.Tensor:
         """What is said without a network, like a result (C, D, H, W)."""
@@ -125,8 +129,11 @@ class Segmentation(Task):
         return self.config.dice_weight * dice + self.config.cross_entropy_weight * entropy
 
     def figures(self, result: torch.Tensor, pair: Pair) -> dict[str, float]:
-        found = self.by_class(result, pair)
-        return {"dice": float(np.mean(list(found.values()))) if found else float("nan")}
+        return {"dice": float(np.mean(list(self.by_class(result, pair).values())))}
+
+    def measurable(self, pair: Pair) -> bool:
+        assert pair.groups is not None
+        return len(told_apart(pair.target.cpu().numpy(), pair.groups.cpu().numpy())) > 0
 
     def by_class(self, result: torch.Tensor, pair: Pair) -> dict[str, float]:
         """Dice of each class, or group of classes, that the target shows and tells from the others."""

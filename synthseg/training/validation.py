@@ -144,9 +144,7 @@ def load_scan(scan: ScanConfig, voxel_size_mm: float, target: LabelTable) -> Lab
     lookup, relation = group_table(table, target)
     groups = relation.numpy()
     truth = lookup.numpy()[table.to_index(ids, where=scan.labels)]
-    counts = np.bincount(truth.ravel(), minlength=len(groups))
-    told = np.flatnonzero(np.isfinite(dice_of_groups(np.diag(counts) @ groups, groups)))
-    classes = {int(index): " + ".join(np.array(target.names)[groups[index]]) for index in told}
+    classes = {int(index): " + ".join(np.array(target.names)[groups[index]]) for index in told_apart(truth, groups)}
     if not classes:
         raise ConfigError(
             f"validation_scans: the labels of {scan.labels} tell no class of {target.name} from the others; "
@@ -164,7 +162,9 @@ def load_scan(scan: ScanConfig, voxel_size_mm: float, target: LabelTable) -> Lab
     ras = crop(whole, box)
     check_size(ras, voxel_size_mm, len(target))
     inside = Volume(np.ascontiguousarray(truth[box]), ras.affine)
-    outside = counts - np.bincount(inside.data.ravel(), minlength=len(groups))
+    outside = np.bincount(truth.ravel(), minlength=len(groups)) - np.bincount(
+        inside.data.ravel(), minlength=len(groups)
+    )
     name = scan.name or image_stem(Path(scan.image))
     return LabelledScan(name, conform(ras, voxel_size_mm), inside, outside, groups, classes)
 
@@ -217,6 +217,12 @@ def scan_table(
         scores = dice_of_groups(confusion, scan.groups)
         table[scan.name] = {name: round(float(scores[index]), 4) for index, name in scan.classes.items()}
     return table
+
+
+def told_apart(truth: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Which groups of classes (G, C) a label map of group indices shows and tells from the others, int64 (n,)."""
+    counts = np.bincount(truth.ravel(), minlength=len(groups))
+    return np.flatnonzero(np.isfinite(dice_of_groups(np.diag(counts) @ groups, groups)))
 
 
 def dice_of_groups(confusion: np.ndarray, groups: np.ndarray) -> np.ndarray:

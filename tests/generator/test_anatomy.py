@@ -1,5 +1,7 @@
 """Borders move by the amount asked for, sheets stay whole, and what pushes leaves its neighbours in place."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +10,13 @@ import torch
 from scipy import ndimage
 
 from synthseg.config import AnatomyConfig, GeneratorConfig
+from synthseg.errors import ConfigError
 from synthseg.generator import anatomy
 from synthseg.generator.anatomy import AnatomyPlan, Shift, change_labels, sample_anatomy
 from synthseg.generator.borders import REACH_VOXELS, borders_of, find_borders
 from synthseg.generator.deform import DeformPlan
 from synthseg.generator.draw import Draw, Field3D
+from synthseg.generator.export import generate
 from synthseg.generator.morph import morph_of
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import read_anatomy, render
@@ -135,6 +139,48 @@ def test_atrophy_is_a_known_amount(template: Template, part: float) -> None:
     assert 1 - after / before == pytest.approx(part, abs=1e-4)
 
 
+def test_atrophy_that_the_cortex_cannot_lose_is_refused(template: Template, white_template: Template) -> None:
+    with pytest.raises(ConfigError, match=r"atrophy is 0\.5, but .*template .* at most (0\.\d+) can") as error:
+        change_labels(template, plan(atrophy=0.5))
+    most = float(str(error.value).split("at most ")[1].split()[0])
+    before = volume(template.labels, template, "gm")
+    for part in (most - 0.01, most):
+        after = volume(change_labels(template, plan(atrophy=part)), template, "gm")
+        assert 1 - after / before == pytest.approx(part, abs=1e-3)
+    with pytest.raises(ConfigError, match="at most"):
+        change_labels(template, plan(atrophy=most + 0.01))
+    with pytest.raises(ConfigError, match="none can become CSF"):
+        change_labels(white_template, plan(atrophy=0.1))
+
+
+def test_atrophy_is_refused_before_a_sample_is_written(
+    template: Template, white_template: Template, tmp_path: Path
+) -> None:
+    config = GeneratorConfig(voxel_size_mm=5.0, shape=(18, 20, 16), subsamples=1, anatomy=AnatomyConfig(atrophy=0.1))
+    for pair in ((template, white_template), (white_template, template)):
+        with pytest.raises(ConfigError, match="none can become CSF"):
+            generate(config, pair, 8, 0, tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_cortex_that_loses_a_known_part_is_not_carved_anew(template: Template) -> None:
+    config = {"probability": 1.0, "cortex_probability": 1.0, "recarve_probability": 1.0}
+    for seed in range(3):
+        with_, without = (
+            sample_anatomy(
+                AnatomyConfig(**config, atrophy=part), template.table, Draw(torch.Generator().manual_seed(seed))
+            )
+            for part in (0.1, 0.0)
+        )
+        assert with_ is not None
+        assert without is not None
+        assert without.recarve is not None
+        assert with_ == without.model_copy(update={"atrophy": 0.1, "recarve": None})  # the rest is drawn as before
+        lost = change_labels(template, with_.model_copy(update={"volume_ratio": {}}))
+        before = volume(template.labels, template, "gm")
+        assert 1 - volume(lost, template, "gm") / before == pytest.approx(0.1, abs=0.01)
+
+
 def test_a_sulcus_stays_open_and_a_thin_vessel_whole(template: Template) -> None:
     grown = change_labels(template, plan(shifts={"cortex_outer": shift(2.0), "vessel": shift(-2.0)}))
     assert volume(grown, template, "gm") > 1.1 * volume(template.labels, template, "gm")
@@ -226,6 +272,21 @@ def test_the_brain_moves_within_the_skull(template: Template) -> None:
             assert ((changed == index(template, name)) == (template.labels == index(template, name))).all()
 
 
+@pytest.mark.parametrize("points", [2, 8])
+def test_layers_change_in_a_view_without_brain_and_in_a_table_without_csf(points: int, template: Template) -> None:
+    changes = AnatomyConfig(probability=1.0, skull_probability=1.0)
+    config = GeneratorConfig(voxel_size_mm=5.0, shape=(18, 20, 16), subsamples=points, anatomy=changes)
+    made = sample_plan(config, template.name, template.table, 0, 0)
+    aside = made.model_copy(update={"deform": made.deform.model_copy(update={"shift_mm": (300.0, 0.0, 0.0)})})
+    assert not render([template], [aside])[1].any()
+    fluid = index(template, "csf")
+    table = LabelTable("dry", tuple(x for x in template.table.labels if x.tissue != "csf"))
+    ids = np.where(template.labels == fluid, 0, template.table.ids[template.labels.int()])
+    dry = template_of(ids[1:-1, 1:-1, 1:-1], table)
+    labels = render([dry], [sample_plan(config, dry.name, table, 0, 0)])[1]
+    assert {table.index_of[NAMES[name]] for name in ("skin", "bone", "wm")} <= set(labels.unique().tolist())
+
+
 # ---------------------------------------------------------------- contract
 
 
@@ -311,6 +372,13 @@ def coarse_template() -> Template:
     return template_of(ids, table)
 
 
+@pytest.fixture(scope="module")
+def white_template(coarse_template: Template) -> Template:
+    """Without cortex or CSF."""
+    labels = tuple(replace(label, tissue="wm") for label in coarse_template.table.labels)
+    return replace(coarse_template, table=LabelTable("white", labels), cache={})
+
+
 def test_what_a_shrinking_nucleus_leaves_behind_goes_to_its_surroundings(head: LabelTable) -> None:
     ids = np.full((40, 40, 40), NAMES["wm"], np.int32)
     ids[:, 30:] = NAMES["csf"]
@@ -328,6 +396,16 @@ def test_what_a_shrinking_nucleus_leaves_behind_goes_to_its_surroundings(head: L
     kept = labels.clone()
     anatomy._drop_islands(labels, made)
     assert torch.equal(labels, kept)
+
+
+def test_a_ventricle_between_the_points_that_measure_it_stays_as_it_is(head: LabelTable) -> None:
+    ids = np.full((40, 40, 40), NAMES["wm"], np.int32)
+    ids[24, 24, 24] = NAMES[
+        "ventricle"
+    ]  # 25 with the border of the template: one of every fifth voxel, and not of every second
+    made = template_of(ids, head, spacing_mm=0.4)
+    assert morph_of(made).ventricle_volume is None
+    assert torch.equal(read(made, plan(ventricle_ratio=2.0)), read(made, None))
 
 
 def test_a_slit_of_a_ventricle_widens_less_than_its_wide_part(head: LabelTable) -> None:

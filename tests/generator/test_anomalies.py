@@ -1,5 +1,7 @@
 """Anomalies lie in their hosts, are seen in the image, and are to the network what the recipe says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -123,6 +125,18 @@ def test_off_by_default(tiny_template: Template) -> None:
 def test_a_table_without_them_is_refused(tiny_template: Template) -> None:
     with pytest.raises(ConfigError, match="with_anomalies"):
         sample_plan(settings(everything()), "t", tiny_template.table, 0, 0)
+
+
+def test_a_table_without_room_for_them_is_refused(tiny_template: Template) -> None:
+    many = tuple(Label(i, f"L{i}", tissue="wm" if i else "air") for i in range(251))
+    fits, full = (replace(tiny_template, table=LabelTable("many", many[:n]), cache={}) for n in (250, 251))
+    config = settings(everything())
+    found = with_anomalies(fits, config.anomalies)
+    plan = sample_plan(config, "t", found.table, 0, 0)
+    assert plan.anomalies is not None
+    assert render([found], [plan])[1].max() < 250
+    with pytest.raises(ConfigError, match=r"251 labels of scheme 'many'.*at most 250.*probability to 0"):
+        with_anomalies(full, config.anomalies)
 
 
 def test_plans_survive_json_and_replay(tiny_template: Template) -> None:

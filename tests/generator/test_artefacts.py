@@ -20,7 +20,7 @@ from synthseg.generator.artefacts import (
     gamma,
     sample_artefacts,
 )
-from synthseg.generator.artefacts.storage import along, slice_matrices
+from synthseg.generator.artefacts.storage import WrapPlan, along, covered, slice_matrices
 from synthseg.generator.draw import Draw, Field3D
 from synthseg.labels import load_scheme
 
@@ -217,6 +217,27 @@ def test_crop_by_hand() -> None:
     expected = np.zeros((10, 20, 8), bool)
     expected[3:, :15] = True
     np.testing.assert_array_equal(mask[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("crop", "window", "seen"),
+    [
+        ((0.7, 1.0), None, (14, 20)),
+        ((0.99, 1.0), None, (18, 20)),
+        ((0.0, 0.01), None, (0, 2)),
+        ((0.6, 1.0), (0.1, 0.5), (8, 10)),  # what is kept and what is encoded lie apart
+        ((0.0, 0.3), (0.5, 0.9), (10, 12)),
+        ((0.2, 1.0), (0.1, 0.5), (4, 10)),
+        ((0.6, 1.0), (0.3, 0.31), (6, 7)),
+    ],
+)
+def test_a_scan_covers_a_part_of_every_axis(
+    crop: tuple[float, float], window: tuple[float, float] | None, seen: tuple[int, int]
+) -> None:
+    """A tenth, or all that is encoded."""
+    wrap = None if window is None else WrapPlan(axis=1, start=window[0], stop=window[1], strength=1.0)
+    box = covered((7, 20, 1), with_(crop=((0.999, 1.0), crop, (0.0, 0.001)), wrap=wrap)[0])
+    assert box == (slice(6, 7), slice(*seen), slice(0, 1))
 
 
 def test_drawn_artefacts_keep_to_their_ranges() -> None:

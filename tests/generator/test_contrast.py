@@ -1,5 +1,6 @@
 """Patches and texture inside labels, borders that vanish, inverted contrast: on labels known voxel by voxel."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,34 @@ def test_everything_at_once_renders_and_replays(kind: str, tiny_template: Templa
 def test_settings_that_cannot_work_are_refused(record: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(ContrastConfig, record, "r.yaml")
+
+
+def test_scales_of_the_texture_may_come_in_any_order(head: LabelTable) -> None:
+    down, up = (
+        sample(head, 0, octave_probability=1.0, octave_spacing_mm=spacing).octaves for spacing in ((15.0, 5.0), (5, 15))
+    )
+    assert down is not None
+    assert down == up
+
+
+@pytest.mark.parametrize("name", ["t9", "random2", "physics"])
+def test_names_without_a_contrast_are_refused_whatever_is_drawn(name: str, head: LabelTable) -> None:
+    for weight in (0.0, 1e-9):
+        with pytest.raises(ConfigError, match=rf"named_weights.*{name}.*random, t1"):
+            sample(head, 0, named_weights={"t1": 1.0, name: weight})
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("kind", ["random", "t1", "physics", "hounsfield"])
+def test_the_background_is_air_whatever_its_scheme_says(kind: str, strip: bool, head: LabelTable) -> None:
+    soft = LabelTable("soft", (replace(head.labels[0], tissue="soft"), *head.labels[1:]))
+    config = ContrastConfig().only(kind)
+    for seed in range(5):
+        plans = [
+            sample_contrast(config, table, EXTENT, Draw(rng.generator(seed, 0, "contrast")), strip)
+            for table in (head, soft)
+        ]
+        assert plans[0] == plans[1]
 
 
 def test_one_contrast_alone_can_be_asked_for(head: LabelTable) -> None:

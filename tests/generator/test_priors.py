@@ -1,5 +1,6 @@
 """Intensities measured in scans with labels: the right values, on the scale of inference, without border voxels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -209,6 +210,29 @@ def test_scans_find_their_maps_by_name(tmp_path: Path) -> None:
         priors.pair_up(images, maps[:1] + maps[2:])
     with pytest.raises(InputError, match="2 label maps of its name"):
         priors.pair_up(images[:2], [*maps, tmp_path / "0000_seg.nii.gz"])
+
+
+def test_names_lose_the_roles_of_their_files_and_nothing_else(tmp_path: Path) -> None:
+    def files(*names: str) -> list[Path]:
+        return [tmp_path / f"{name}.nii.gz" for name in names]
+
+    images = files("subject1", "subject2_T1w", "direct", "t1-select_ct")
+    maps = files("direct_seg", "subject2_T1w_seg", "subject1-labels", "t1-select.aparc+aseg")
+    found = [(image.name, label.name) for image, label in priors.pair_up(images, maps)]
+    assert found == [(images[i].name, maps[j].name) for i, j in ((0, 2), (1, 1), (2, 0), (3, 3))]
+    with pytest.raises(InputError, match=r"subject1.*no label map of its name.*subject1_seg"):
+        priors.pair_up(images[:2], maps[:2])
+
+
+def test_a_map_that_is_given_is_no_scan_of_its_folder(pair: tuple[Path, Path], head: LabelTable) -> None:
+    assert pair[0].parent == pair[1].parent
+    assert priors.estimate([pair[0].parent], [pair[1]], head).images == ("a.nii.gz",)
+
+
+def test_a_background_that_is_not_called_air_is_measured_as_air(head: LabelTable) -> None:
+    ids, image = scene()
+    soft = replace(head, labels=(replace(head.labels[0], tissue="soft"), *head.labels[1:]))
+    assert priors.measure(image, soft.to_index(ids), soft) == priors.measure(image, head.to_index(ids), head)
 
 
 @pytest.mark.parametrize(

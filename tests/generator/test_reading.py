@@ -35,6 +35,12 @@ def everywhere(found: Reading) -> torch.Tensor:
     return found.at(torch.arange(found.middle.numel())).view(-1, *found.middle.shape)
 
 
+def test_nothing_is_read_at_no_points(tiny_template: Template) -> None:
+    for count in (2, 4, 8):
+        found = read_points(tiny_template.labels, torch.zeros(3, 0), subsample_offsets(count))
+        assert (found.middle.shape, found.mixed.shape, found.points.shape) == ((0,), (0,), (count, 0))
+
+
 # ---------------------------------------------------------------- one label
 
 

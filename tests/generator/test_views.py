@@ -5,7 +5,7 @@ import torch
 
 from synthseg.config import AnatomyConfig, GeneratorConfig, ViewsConfig
 from synthseg.errors import ConfigError
-from synthseg.generator.deform import resize
+from synthseg.generator.deform import coordinates
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.views import render_views, sample_views
 from synthseg.templates import Template
@@ -78,9 +78,33 @@ def test_the_displacement_between_views_is_the_one_returned(
     without = (views.labels[0] == views.labels[1])[inside].float().mean()
     assert agree > 0.85
     assert 1 - agree < 0.6 * (1 - without)
-    coarse = plans[1].deform.perturbation_mm
-    assert coarse is not None
-    assert torch.equal(views.displacement_mm[1], resize(coarse.tensor()[None], config.shape)[0])
+
+
+@pytest.mark.parametrize("anatomy_moves", [False, True])
+def test_a_displacement_finer_than_the_lattice_is_returned_as_it_is_applied(
+    tiny_template: Template, anatomy_moves: bool
+) -> None:
+    """To a small part of a voxel, against the places that the views read, brought back through their affine map."""
+    config = settings([1.0, 1.0], perturbation_mm=3.0)
+    changes = {
+        "views": config.views.model_copy(update={"perturbation_spacing_mm": (3.0, 3.0)}),
+        "deform": config.deform.model_copy(update={"svf_std_mm": 0.0}),
+        "anatomy": AnatomyConfig(probability=1.0, ventricle_probability=1.0) if anatomy_moves else AnatomyConfig(),
+    }
+    plans = sample_views(config.model_copy(update=changes), "tiny", tiny_template.table, 1, 4)
+    spacing = torch.tensor(tiny_template.spacing_mm)
+    nothing = torch.zeros_like if anatomy_moves else None
+    first, second = (
+        coordinates(p.deform, p.shape, p.voxel_size_mm, tiny_template.center, spacing.tolist(), displacement=nothing)
+        for p in plans
+    )
+    read_mm = (second - first) * spacing.view(3, 1, 1, 1)
+    if plans[0].deform.flip:
+        read_mm[0] *= -1
+    applied = torch.einsum("ij,jdhw->idhw", torch.tensor(plans[0].deform.matrix).inverse(), read_mm)
+    found = render_views(tiny_template, plans).displacement_mm[1]
+    assert applied.std() > 0.5
+    assert (found - applied).abs().max() < 0.01 * config.voxel_size_mm
 
 
 def test_a_shift_is_one_for_all_voxels_and_another_for_each_view(tiny_template: Template) -> None:

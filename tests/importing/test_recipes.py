@@ -182,6 +182,12 @@ def test_a_patch_that_is_too_large_is_cut_down() -> None:
     assert choose_grid(a_survey(extent=(170.0, 232.0, 238.0)), CPU).shape == (96, 112, 112)  # whole: 96, 128, 128
 
 
+def test_a_small_map_gets_more_than_one_voxel_at_the_coarsest_level() -> None:
+    assert choose_grid(a_survey(extent=(8.0, 11.0, 9.0)), GPU).shape == (16, 32, 16)
+    assert choose_grid(a_survey(extent=(8.0, 20.0, 9.0)), GPU).shape == (16, 32, 16)
+    assert choose_grid(a_survey(extent=(8.0, 9.0, 11.0)), CPU, 3.0).shape == (8, 8, 16)  # without subpixel
+
+
 @pytest.mark.parametrize("machine", [CPU, GPU])
 @pytest.mark.parametrize("voxel", [None, 1.0, 4.0])
 def test_the_recipe_parses_and_every_key_is_explained(machine: Machine, voxel: float | None) -> None:

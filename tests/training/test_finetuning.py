@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,17 @@ def test_resuming_is_going_on(make: Make, tmp_path: Path) -> None:
         Finetuner(make(steps=4, task="bias-field", frozen=False), tmp_path / "parts", resume=True)
 
 
+def test_frozen_features_go_on_without_the_file_that_they_came_from(make: Make, features: Path, tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    init.write_bytes(features.read_bytes())
+    Finetuner(make(init=str(init)), tmp_path / "run").run(until=2)
+    init.unlink()
+    path = Finetuner(make(init=str(init)), tmp_path / "run", resume=True).run()
+    assert set(load_features(path).heads) == {"reconstruction", "segmentation"}
+    kept, before = (read_tensors(file)[0]["heads.segmentation.weight"] for file in (path, features))
+    assert torch.equal(kept, before)
+
+
 def test_a_run_folder_is_complete(make: Make, template_folders: dict[str, Path], tmp_path: Path) -> None:
     held_out = {"validation_templates": [str(template_folders["other"])], "validation_contrasts": ["t1", "random"]}
     run = Finetuner(make(task="segmentation", steps=2, validate_every=1, report=True, **held_out), tmp_path)
@@ -277,6 +289,31 @@ def test_held_out_images_of_one_name_are_all_measured(
     assert set(run.state.validation["figures"]) == {"t1", "p/t1", "q/t1"}
 
 
+def test_images_that_show_nothing_to_measure_are_left_out(
+    images: list[dict[str, str]], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Finetuner(make(task="segmentation", validation_images=images[:1]), tmp_path / "run")
+    shown = run.validation_pairs()["a_image"][0]
+    blank = replace(shown, target=torch.zeros_like(shown.target), head=torch.zeros_like(shown.head))
+    expected = run.validate()
+    monkeypatch.setattr(run, "validation_pairs", lambda: {"a_image": [shown, blank], "blank": [blank]})
+    assert run.validate() == expected
+    assert set(run.state.validation["figures"]) == {"a_image"}
+    monkeypatch.setattr(run, "validation_pairs", lambda: {"blank": [blank]})
+    assert np.isnan(run.validate())
+    assert len(run.state.validations) == 2
+    assert "NaN" not in json.dumps(run.manifest())
+
+
+def test_held_out_labels_must_tell_a_class(images: list[dict[str, str]], make: Make, tmp_path: Path) -> None:
+    labels = [{"id": i, "name": f"any {i}", "to": {"siam16": list(range(17 if i else 1))}} for i in (0, 1, 2)]
+    (tmp_path / "vague.json").write_text(json.dumps({"name": "vague", "labels": labels}))
+    one = images[1] | {"scheme": str(tmp_path / "vague.json")}
+    with pytest.raises(ConfigError, match="validation_images: the labels of b_image tell no class of siam16"):
+        Finetuner(make(task="segmentation", validation_images=[images[0], one]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_few_real_images_are_the_first(images: list[dict[str, str]], make: Make, tmp_path: Path) -> None:
     run = Finetuner(make(task="segmentation", templates=[], images=images, few_shot=1), tmp_path / "run")
     stream = run.stream()
@@ -303,6 +340,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
         ({"images": images, "validation_images": images[:1]}, "also trained on"),
         ({"images": images, "validation_images": [elsewhere]}, "also trained on"),
         ({"validation_contrasts": ["t9"]}, "no contrast"),
+        ({"task": "segmentation", "dice_weight": 0, "cross_entropy_weight": 0}, "nothing to learn: give dice_weight"),
         ({"network": {"architecture": "unet", "channels": [8, 16, 32]}}, "dynunet"),
     ]
     for changes, message in refused:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_plan(make_config: MakeConfig, 
         ({"network__channels": [6, 8]}, "3 levels"),
         ({"generator__contrast": {"random_weight": 0, "named_weights": {"t9": 1}}}, "t9.*known"),
         ({"validation_contrasts": ["t1", "t9"]}, "t9.*known"),
+        ({"generator__shape": [8, 8, 8]}, r"\[8, 8, 8\] is a single voxel at the coarsest of 3 levels.*side 16"),
+        ({"dice_weight": 0, "cross_entropy_weight": 0}, "nothing to learn: give dice_weight or cross_entropy_weight"),
     ],
 )
 def test_recipes_that_cannot_run_are_refused(
@@ -187,22 +190,34 @@ def test_resuming_what_is_not_there(make_config: MakeConfig, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", ["network__channels", "templates", "seed", "batch_size"])
+def test_the_smallest_patch_trains(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(generator__shape=[8, 16, 8]), tmp_path)
+    loss, _ = trainer.step(trainer.stream().batch(0))
+    assert np.isfinite(loss)
+
+
+OTHER: dict[str, Any] = {
+    "network__channels": [8, 8, 10],
+    "seed": 1,
+    "batch_size": 2,
+    "optimiser__name": "muon",
+    "generator__voxel_size_mm": 3.0,
+    "generator__shape": [16, 16, 16],
+    "validation_contrasts": ["t1"],
+}
+
+
+@pytest.mark.parametrize("key", ["templates", *OTHER])
 def test_resuming_with_another_recipe_is_refused(
     key: str, template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """The figures and the history in the model file would be false."""
-    other = {
-        "network__channels": [8, 8, 10],
-        "templates": [str(template_folders["head"])],
-        "seed": 1,
-        "batch_size": 2,
-    }
+    other = OTHER | {"templates": [str(template_folders["head"])]}
     Trainer(make_config(), tmp_path).run(until=1)
-    name = key.partition("__")[0]
+    name = "network" if key == "network__channels" else key.replace("__", r"\.")
     with pytest.raises(ConfigError, match=rf"state\.safetensors: the run was started with other {name}"):
         Trainer(make_config(**{key: other[key]}), tmp_path, resume=True)
-    Trainer(make_config(steps=9), tmp_path, resume=True)  # a longer run is another matter
+    Trainer(make_config(steps=9, optimiser__learning_rate=0.01), tmp_path, resume=True)  # longer, slower: as you like
 
 
 def test_init_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

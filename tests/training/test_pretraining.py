@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from synthseg.training.loop import Trainer
 from synthseg.training.objective import by_view, match, places_of
 from synthseg.training.pretraining import Pretrainer, check
 from synthseg.training.state import RunState
+from synthseg.training.view_stream import ViewStream
 
 Make = Callable[..., PretrainConfig]
 GOLDEN = Path(__file__).with_name("golden_pretraining_losses.txt")
@@ -178,6 +181,22 @@ def test_a_run_folder_is_complete(make: Make, template_folders: dict[str, Path],
     assert figures["mean"] == -parts["loss"]
     total = parts["t1"] + parts["t1_gradient"] + parts["hscl"] + parts["segmentation"]
     assert parts["loss"] == pytest.approx(total, abs=1e-3)
+    logged = [line.split()[3:] for line in (tmp_path / "log.csv").read_text().splitlines() if "2 validation" in line]
+    assert {name: float(value) for name, value in logged} == parts  # the loss is no Dice
+
+
+def test_a_figure_that_nothing_has_is_left_out(
+    make: Make, template_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of held-out heads of which the views have no point in common, there is no match."""
+    term = {**TERM, "adaptive_temperature": True}
+    held_out = {"templates": [str(template_folders["head"])], "validation_templates": [str(template_folders["other"])]}
+    run = Pretrainer(make(contrast=[term], **held_out), tmp_path)
+    blank = replace(run.stream().batch(0), labels=torch.zeros(3, 16, 24, 16, dtype=torch.uint8))
+    monkeypatch.setattr(ViewStream, "anatomies", lambda *_: blank)
+    assert np.isfinite(run.validate())
+    assert set(run.state.validation["terms"]) == {"t1", "t1_gradient", "hscl", "loss"}
+    assert run.state.validation["terms"]["hscl"] == 0
 
 
 def test_the_average_of_the_weights_is_what_is_saved(make: Make, tmp_path: Path) -> None:
@@ -280,10 +299,25 @@ def test_recipes_that_cannot_run_are_refused(changes: dict[str, Any], message: s
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change", [{"contrast": {"loss": "sup_con"}}, {"seed": 3}])
+def test_one_structure_has_no_equal_angles(make: Make, tmp_path: Path) -> None:
+    scheme = tmp_path / "one.json"
+    scheme.write_text(json.dumps({"name": "one", "labels": [{"id": 0, "name": "none"}, {"id": 1, "name": "head"}]}))
+    with pytest.raises(ConfigError, match="has 1; choose another loss, or a scheme with several"):
+        check(make(contrast={"loss": "equiangular"}, scheme=str(scheme)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contrast": {"loss": "sup_con"}},
+        {"seed": 3},
+        {"anatomy_weight": 0.5},
+        {"generator__views": {"severities": [0.0, 1.0]}},
+    ],
+)
 def test_resuming_with_another_recipe_is_refused(change: dict[str, Any], make: Make, tmp_path: Path) -> None:
     Pretrainer(make(), tmp_path).run(until=1)
-    with pytest.raises(ConfigError, match=f"the run was started with other {next(iter(change))}"):
+    with pytest.raises(ConfigError, match="the run was started with other " + next(iter(change)).replace("__", ".")):
         Pretrainer(make(**change), tmp_path, resume=True)
 
 

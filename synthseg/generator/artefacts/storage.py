@@ -10,6 +10,7 @@ import torch
 
 from synthseg.generator.draw import Record
 
+LEAST_PART = 0.1  # of an axis is covered, however much is cropped
 Profile = Literal["box", "gaussian"]
 Box = tuple[slice, ...]
 Interpolation = Literal["linear", "cubic", "nearest", "zero_fill"]
@@ -156,12 +157,14 @@ def field_of_view(image: torch.Tensor, plans: Sequence[StoragePlan]) -> torch.Te
 
 
 def covered(shape: Sequence[int], plan: StoragePlan) -> Box:
-    """The box of voxels that the scan covers."""
-    box = [slice(round(start * n), round(stop * n)) for n, (start, stop) in zip(shape, plan.crop, strict=True)]
-    if plan.wrap is not None:
-        axis = plan.wrap.axis
-        start, stop = _window(plan.wrap, shape[axis])
-        box[axis] = slice(max(box[axis].start, start), min(box[axis].stop, stop))
+    """The box of voxels that the scan covers: at least ``LEAST_PART`` of an axis, if so much of it is encoded."""
+    box = []
+    for axis, (n, (start, stop)) in enumerate(zip(shape, plan.crop, strict=True)):
+        wraps = plan.wrap is not None and plan.wrap.axis == axis
+        low, high = _window(plan.wrap, n) if plan.wrap is not None and wraps else (0, n)
+        least = min(max(1, round(LEAST_PART * n)), high - low)
+        first = min(max(round(start * n), low), high - least)
+        box.append(slice(first, max(min(round(stop * n), high), first + least)))
     return tuple(box)
 
 

@@ -209,9 +209,11 @@ class _Problem:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses and their number. ``grads``, of the embeddings and of the temperature, are added to."""
         n, device = len(embeddings), embeddings.device
+        if n == 0:
+            return embeddings.new_zeros(()), embeddings.new_zeros(())
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         point, views = points_and_views(self._without_diagonal()) if self.grouped else (None, nothing)
-        size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(n, 1))
+        size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // n)
         total, count = embeddings.new_zeros(()), embeddings.new_zeros(())
         leaf = temperature.keys if isinstance(temperature, PairTemperature) else temperature
         sources = [embeddings, leaf if isinstance(leaf, torch.Tensor) else None]

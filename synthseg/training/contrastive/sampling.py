@@ -131,8 +131,11 @@ def known_classes(groups: torch.Tensor) -> torch.Tensor:
     """Class that each group of classes is, uint8 (G,), from groups bool (G, C); `UNKNOWN` where it may be several.
 
     Labels of supervised contrast are then the same thing in every template: ``known_classes(groups)[labels.int()]``.
+    Group 0, background and what a view does not show, is class 0 even where it may be several: none of it is compared.
     """
-    return torch.where(groups.sum(1) == 1, groups.to(torch.uint8).argmax(1), UNKNOWN).to(torch.uint8)
+    known = torch.where(groups.sum(1) == 1, groups.to(torch.uint8).argmax(1), UNKNOWN).to(torch.uint8)
+    known[0] = 0
+    return known
 
 
 def kind_of(loss: str) -> Kind:

@@ -167,6 +167,18 @@ def test_nothing_to_compare(name: str, n: int) -> None:
     assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("n", [0, 4])
+def test_nothing_to_compare_with_temperatures_of_pairs(name: str, n: int) -> None:
+    z, keys = (torch.randn((2, n, 3), generator=torch.Generator().manual_seed(k), requires_grad=True) for k in (0, 1))
+    nobody = torch.zeros((n, n), dtype=torch.bool)
+    temperature = PairTemperature(keys, 0.4, 0.04, 4.0)
+    found = LOSSES[name](z, nobody, nobody, temperature=temperature, labels=torch.full((n,), 255))
+    assert float(found.detach()) == 0
+    for gradient in torch.autograd.grad(found, (z, keys), allow_unused=True):
+        assert gradient is None or (gradient == 0).all()
+
+
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"pix_pro", "barlow_twins"}))
 def test_without_negatives(name: str) -> None:
     """Positives alone: no loss is infinite."""

@@ -13,7 +13,7 @@ from synthseg.config.pretraining import LossName, SamplingConfig
 from synthseg.generator.deform import coordinates
 from synthseg.generator.synthesis import read_anatomy
 from synthseg.generator.views import render_views, sample_views
-from synthseg.labels import load_scheme
+from synthseg.labels import Label, LabelTable, load_scheme
 from synthseg.templates import Template
 from synthseg.training.contrastive import UNKNOWN, Voxels, join, kind_of, known_classes, midplane, pair_masks
 from synthseg.training.contrastive import sample_voxels as sample
@@ -315,6 +315,26 @@ def test_classes_of_groups() -> None:
     by_name = {label.name: int(classes[int(index[i])]) for i, label in enumerate(load_scheme("brainweb").labels)}
     assert siam.names[by_name["Skull"]] == "Skull"
     assert by_name["GM"] == by_name["CSF"] == UNKNOWN
+
+
+def test_a_background_that_may_be_several_classes_is_outside() -> None:
+    """As in a map of the brain alone, where skull and skin are background: what a view has lost is that as well."""
+    siam = load_scheme("siam16")
+    parts = [("none", [0, 13, 14, 15, 16]), ("grey", [1, 5]), ("white", [2])]
+    table = LabelTable("brain", tuple(Label(i, name, to={"siam16": tuple(to)}) for i, (name, to) in enumerate(parts)))
+    index, groups = group_table(table, siam)
+    classes = known_classes(groups)[index.int()]
+    assert classes.tolist() == [0, UNKNOWN, 2]
+    labels = boxes(3)
+    labels[labels == 3] = 0
+    labels[1][labels[1] == 1] = 0  # one view is stripped
+    labels[2][:, 12:] = 0  # one is cropped
+    still = torch.zeros(3, 3, *SHAPE)
+    still[1:] = 1e-3
+    for displacement_mm in (None, still):
+        found = draw(classes[labels.int()], displacement_mm=displacement_mm)
+        assert set(found.label.flatten().tolist()) == {2}
+        assert (labels.flatten(1).gather(1, found.index) == 2).all()
 
 
 def test_kinds() -> None:
