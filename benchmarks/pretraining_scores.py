@@ -107,12 +107,12 @@ class HeldOut:
         """One anatomy of each held-out map, in images from mild to severe."""
         quiet = whole_head(self.config, "random")
         shape = self.config.shape
-        wide = (shape[0] + MARGIN, shape[1] + MARGIN, shape[2] + MARGIN)
-        config = quiet.model_copy(update={"views": ViewsConfig(severities=list(SEVERITIES)), "shape": wide})
+        views_config = ViewsConfig(severities=list(SEVERITIES))
         chance = rng.generator(SEED, 2, "windows")
         for number, (template, index) in enumerate(zip(self.maps, self._index, strict=True)):
+            windows = Windows.draw(len(SEVERITIES), shape, MARGIN, chance)
+            config = quiet.model_copy(update={"views": views_config, "shape": windows.grid})
             views = render_views(template, sample_views(config, template.name, template.table, SEED, number))
-            windows = Windows.draw(len(views.images), shape, MARGIN, chance)
             seen = [windows.cut(image, number) for number, image in enumerate(views.images)]
             inner = windows.shared_of_grid(views.labels[0])
             yield Anatomy(torch.stack(seen), index[inner.int()].long(), windows)

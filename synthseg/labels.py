@@ -28,6 +28,7 @@ PARENCHYMA_TISSUES = frozenset(
 BRAIN_TISSUES = PARENCHYMA_TISSUES | {"ventricle"}
 INTRACRANIAL_TISSUES = BRAIN_TISSUES | {"csf"}
 MAX_ID = 32767  # label maps are stored as int16 at most
+MAX_LABELS = 256  # indices are uint8
 
 
 @dataclass(frozen=True)

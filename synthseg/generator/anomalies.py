@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from synthseg.config import AnomalyConfig
 from synthseg.errors import ConfigError
 from synthseg.generator.draw import Draw, Field3D, Record
-from synthseg.labels import PARENCHYMA_TISSUES, Label, LabelTable, tissue_mask
+from synthseg.labels import MAX_LABELS, PARENCHYMA_TISSUES, Label, LabelTable, tissue_mask
 from synthseg.templates import Template
 
 
@@ -38,7 +38,6 @@ KINDS = {
 }
 FIRST_ID = 9001
 SUFFIX = "+anomalies"
-MOST_LABELS = 256  # what uint8 indices can tell apart
 
 
 class Blob(Record):
@@ -75,10 +74,10 @@ def with_anomalies(template: Template, config: AnomalyConfig) -> Template:
     """
     if config.probability == 0 or template.table.name.endswith(SUFFIX):
         return template
-    if len(template.table) + len(KINDS) > MOST_LABELS:
+    if len(template.table) + len(KINDS) > MAX_LABELS:
         raise ConfigError(
             f"anomalies.probability is above 0, but the {len(template.table)} labels of scheme '{template.table.name}' "
-            f"leave no room for the {len(KINDS)} kinds of anomalies; expected at most {MOST_LABELS - len(KINDS)}: "
+            f"leave no room for the {len(KINDS)} kinds of anomalies; expected at most {MAX_LABELS - len(KINDS)}: "
             "merge some of them, or set anomalies.probability to 0"
         )
     return replace(template, table=_extended(template.table, config.label), cache={})

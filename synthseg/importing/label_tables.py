@@ -15,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from synthseg.errors import LabelError
-from synthseg.labels import MAX_ID, Label, LabelTable, load_scheme
+from synthseg.labels import MAX_ID, MAX_LABELS, Label, LabelTable, load_scheme
 
 Color = tuple[int, int, int]
 Entry = tuple[str, Color | None]
 
-MAX_LABELS = 256  # indices are uint8
 ID = re.compile(r"-?[0-9]+")
 ITK_SNAP_LINE = re.compile(r'(-?\d+)((?:\s+\d+){3})\s+[\d.]+\s+[01]\s+[01]\s+"(.*)"')
 EXAMPLE = "0 Background 0 0 0 0\n2 Left-Putamen 236 13 176 0\n3 Right-Putamen 236 13 176 0"

@@ -30,7 +30,7 @@ from synthseg.networks.feature_file import as_feature_weights, save_features
 from synthseg.networks.features import LAST, FeatureNetwork, segmentation_weights
 from synthseg.templates import Template
 from synthseg.training.examples import Example, load_examples
-from synthseg.training.run import Run, check_grid
+from synthseg.training.run import Run, check_grid, check_loss_weights
 from synthseg.training.scenes import ImagePlan, image_plan, moved, painted
 from synthseg.training.state import Tensors
 from synthseg.training.stream import Stream, group_table, template_of
@@ -85,8 +85,8 @@ def check(config: FinetuneConfig, world: int = 1) -> None:
             "frozen features need a trained network: name it with init (siam16, or a file of 'synthseg pretrain'), "
             "or set frozen: false to train a network from random weights"
         )
-    if config.task == "segmentation" and config.dice_weight == config.cross_entropy_weight == 0:
-        raise ConfigError("there is nothing to learn: give dice_weight or cross_entropy_weight a weight")
+    if config.task == "segmentation":
+        check_loss_weights(config)
     if config.few_shot and config.templates and config.images:
         raise ConfigError("few_shot counts images of templates or real ones; give templates or images, not both")
     if config.images and config.few_shot > len(config.images):

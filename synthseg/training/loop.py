@@ -27,7 +27,7 @@ from synthseg.networks.backbone import (
 from synthseg.networks.checkpoint import save_model
 from synthseg.networks.feature_file import as_segmentation_weights
 from synthseg.training.losses import dice_and_cross_entropy
-from synthseg.training.run import Run, check_grid
+from synthseg.training.run import Run, check_grid, check_loss_weights
 from synthseg.training.state import Tensors
 from synthseg.training.stream import Batch, SyntheticStream, drawn_cells
 from synthseg.training.validation import exact_index, load_scans, mean_dice, scan_table, validation_table
@@ -37,8 +37,7 @@ def check(config: TrainConfig, world: int = 1) -> None:
     """Refuse a recipe that cannot run on ``world`` devices, before any template is loaded."""
     check_grid(config, world)
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
-    if config.dice_weight == config.cross_entropy_weight == 0:
-        raise ConfigError("there is nothing to learn: give dice_weight or cross_entropy_weight a weight")
+    check_loss_weights(config)
     unknown = sorted(
         contrast
         for contrast in {*config.validation_contrasts} - set(named_contrasts())

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from synthseg import __version__
-from synthseg.config import RunConfig
+from synthseg.config import FinetuneConfig, RunConfig, TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.contrast import check_named
@@ -50,6 +50,12 @@ class Planned(Protocol):
 
 C = TypeVar("C", bound=RunConfig)
 B = TypeVar("B", bound=Planned)
+
+
+def check_loss_weights(config: TrainConfig | FinetuneConfig) -> None:
+    """Refuse a segmentation that no loss has a weight in."""
+    if config.dice_weight == config.cross_entropy_weight == 0:
+        raise ConfigError("there is nothing to learn: give dice_weight or cross_entropy_weight a weight")
 
 
 def check_grid(config: RunConfig, world: int = 1) -> None:
