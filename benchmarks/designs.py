@@ -309,10 +309,9 @@ def recipe(name: str, phase: Phase, options: argparse.Namespace) -> TrainConfig:
     return parse(TrainConfig, merged(record, phase.settings), name)
 
 
-def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def score(name: str, templates: list[Template], options: argparse.Namespace) -> dict[str, Any]:
     """Train one design and measure it."""
     torch.manual_seed(options.seed)
-    templates = [load_template(path) for path in expand(options.templates)]
     target = load_scheme("siam16")
     budget = Budget(60 * options.cpu_minutes)
     network: nn.Module | None = None
@@ -359,13 +358,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     done: dict[str, Any] = {}
+    templates: list[Template] = []
     for name in DESIGNS:
         words = "".join(c if c.isalnum() else "_" for c in name)
         file = options.work / f"{words}_{options.seed}_{options.cpu_minutes:g}.json"
         if not file.exists():
             if not any(part in name for part in options.rows):
                 continue
-            row = score(name, options)
+            templates = templates or [load_template(path) for path in expand(options.templates)]
+            row = score(name, templates, options)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(file, json.dumps(row, indent=2) + "\n")
         done[name] = {"cpu_minutes": options.cpu_minutes, "seed": options.seed, **json.loads(file.read_text())}

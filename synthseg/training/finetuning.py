@@ -168,6 +168,7 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
 
     model_name: ClassVar[str] = "finetuned"
     figure: ClassVar[str] = "figure"
+    score: ClassVar[str] = "score"
     fixed: ClassVar[tuple[str, ...]] = ("task", "images", "validation_images", "frozen", "few_shot", "augment")
     plain: TaskNetwork
 

@@ -26,14 +26,14 @@ from synthseg.volume import write_text_atomically
 LOG_EVERY = 50
 
 
-def columns(figure: str) -> tuple[ProgressColumn, ...]:
+def columns(figure: str, score: str) -> tuple[ProgressColumn, ...]:
     """What the bar shows."""
-    figures = f"loss {{task.fields[loss]:.3f}} {figure} {{task.fields[dice]:.3f}} val {{task.fields[best]:.3f}}"
+    figures = f"loss {{task.fields[loss]:.3f}} {figure} {{task.fields[dice]:.3f}}"
     return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(figures),
+        TextColumn(f"{figures} best {score} {{task.fields[best]:.3f}}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -58,16 +58,19 @@ def _step_of(line: str) -> float:
 class Journal:
     """Writes while a run goes on. In a process that is not the first (``active`` False) it is silent.
 
-    ``figure`` is what the second number of a step is called, the third column of the log.
+    ``figure`` is what the second number of a step is called, the third column of the log; ``score`` what validation
+    goes by.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, state: RunState, active: bool, figure: str = "dice") -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, state: RunState, active: bool, figure: str = "dice", score: str = "dice"
+    ) -> None:
         self.active = active
         self.figure = figure
         if not active:
             return
         forget_after(folder / "log.csv", state.step)
-        self._bar = Progress(*columns(figure), console=Console(stderr=True))
+        self._bar = Progress(*columns(figure, score), console=Console(stderr=True))
         self._curves = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
         self._log = (folder / "log.csv").open("a")
         self._task = self._bar.add_task(

@@ -86,6 +86,7 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
 
     model_name: ClassVar[str] = "pretrained"
     last_name: ClassVar[str] = "pretrained"
+    score: ClassVar[str] = "-loss"
     fixed: ClassVar[tuple[str, ...]] = (
         *("contrast", "anatomy_weight", "gradient_weight", "segmentation_weight", "generator.views"),
     )

@@ -97,11 +97,13 @@ class Run(ABC, Generic[C, B]):
     resuming : whether the run goes on from a saved state.
     model_name : the file that `run` returns. last_name : that of the weights of the last saved state.
     figure : what the second number of a step is called.
+    score : what validation goes by.
     """
 
     model_name: ClassVar[str] = "best"
     last_name: ClassVar[str] = "last"
     figure: ClassVar[str] = "dice"
+    score: ClassVar[str] = "dice"
     fixed: ClassVar[tuple[str, ...]] = ()  # further keys of the recipe that a resumed run may not change
 
     def __init__(
@@ -346,7 +348,7 @@ class Run(ABC, Generic[C, B]):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
         stream = self.stream(self.fabric.global_rank, self.fabric.world_size)
-        journal_of = Journal(config, self.folder, state, self.is_main, self.figure_name())
+        journal_of = Journal(config, self.folder, state, self.is_main, self.figure_name(), self.score)
         with deterministic(config.deterministic), journal_of as journal:
             batches = loader(stream)
             self.network.train()

@@ -9,8 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from synthseg.config import TrainConfig
+from synthseg.config import PretrainConfig, TrainConfig
 from synthseg.training.journal import Journal, forget_after
+from synthseg.training.pretraining import Pretrainer
 from synthseg.training.report import curves_figure, read_curves, write_report
 from synthseg.training.state import RunState
 
@@ -110,3 +111,14 @@ def test_a_silent_journal_writes_nothing(tmp_path: Path, capsys: pytest.CaptureF
         journal.validated(state)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_names_what_validation_goes_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pretraining goes by minus its loss, which read as a Dice below zero would alarm."""
+    state = RunState(step=50, best=-1.25, validation=validation(50, -1.25))
+    state.validations.append(state.validation)
+    with Journal(PretrainConfig(), tmp_path, state, active=True, figure="match", score=Pretrainer.score) as journal:
+        journal.step(state, last=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "best -loss" in said
+    assert "-1.250" in said
