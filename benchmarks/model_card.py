@@ -3,7 +3,7 @@
     python benchmarks/model_card.py [--model siam16] [--results benchmarks/results] [--out docs/models/siam16.md]
 
 Reads NAME.json (accuracy.py), NAME_invariance.json (invariance.py), NAME_speed.json (bench_segment.py),
-NAME_consistency.json (consistency.py) and designs.json (designs.py).
+NAME_consistency.json (consistency.py), NAME_modes.json (modes.py) and designs.json (designs.py).
 Refuses figures that were measured with other weights.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,60 @@ The whole command in a fresh process, {speed["threads"]} threads of a two-core C
 """
 
 
+MODES = {
+    "adult": "unseen maps rendered whole at 1 mm",
+    "infant": "the same at 0.72 of the size, that of three months, scanned at 1 mm",
+    "real": "OASIS and Colin27 against their labels",
+}
+
+
+def gain_of(cases: list[dict[str, Any]], variant: str) -> list[str]:
+    """Mean Dice, mean, least and greatest gain over the default, and time over the default (median)."""
+    pairs = [(case["variants"][variant], case["variants"]["default"]) for case in cases]
+    gains = [one["mean"] - plain["mean"] for one, plain in pairs]
+    times = [one["seconds"] / plain["seconds"] for one, plain in pairs]
+    mean = sum(one["mean"] for one, _ in pairs) / len(pairs)
+    if variant == "default":
+        return [f"{mean:.3f}", "", "", ""]
+    return [
+        f"{mean:.3f}",
+        f"{sum(gains) / len(gains):+.3f}",
+        f"{min(gains):+.3f} to {max(gains):+.3f}",
+        f"{statistics.median(times):.1f}",
+    ]
+
+
+def modes_section(model: Model, modes: dict[str, Any]) -> str:
+    rows = []
+    for kind, what in MODES.items():
+        cases = [case for case in modes["cases"].values() if case["kind"] == kind and case["variants"]]
+        for name in cases[0]["variants"] if cases else ():
+            rows.append([f"{what} ({len(cases)})", name, *gain_of(cases, name)])
+    return f"""## Modes
+
+What each mode gains over the default, in mean Dice over all structures, and how many times as long it takes (network,
+clean-up and resampling, without start-up and writing). "Crop" is a box of
+{" x ".join(f"{side:g}" for side in modes["crop_mm"])} mm; "voxel size" brings the small heads back to an adult's size.
+Seconds and memory of the whole command are below.
+
+{table(["scans", "mode", "Dice", "gain", "least and greatest", "times as long"], rows)}
+
+    python benchmarks/modes.py --model {model.name} --data DATA --held-out MAPS \\
+        --out benchmarks/results/{model.name}_modes.json
+"""
+
+
+SECTIONS = {
+    "_consistency": consistency_section,
+    "_invariance": geometry_section,
+    "_modes": modes_section,
+    "_speed": speed_section,
+}
+
+
 def card(model: Model, found: dict[str, dict[str, Any]], designs: dict[str, Any]) -> str:
     sections = [network_section(model, designs), accuracy_section(model, found[""])]
-    more = {"_consistency": consistency_section, "_invariance": geometry_section, "_speed": speed_section}
-    sections += [section(model, found[suffix]) for suffix, section in more.items() if suffix in found]
+    sections += [section(model, found[suffix]) for suffix, section in SECTIONS.items() if suffix in found]
     if model.name in PICTURES:
         sections.append(PICTURES[model.name])
     limits = "\n".join(f"- {line}" for line in [*LIMITS.get(model.name, []), *LIMITS_OF_ALL])
@@ -322,7 +373,7 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.model)
     found: dict[str, dict[str, Any]] = {}
-    for suffix in ("", "_consistency", "_invariance", "_speed"):
+    for suffix in ("", *SECTIONS):
         file = options.results / f"{model.name}{suffix}.json"
         if suffix and not file.is_file():
             print(f"{file}: not there; the card goes without it", file=sys.stderr)
