@@ -5,8 +5,9 @@
 
 Every design starts from random weights and sees the same templates through the same field of view, 128 x 160 x 128 mm,
 with one thread; the seconds counted are CPU seconds of rendering and training. The learning rate falls along a cosine
-over the budget. The network is then measured as a user would meet it: maps that it has not seen, rendered at 1 mm in
-three contrasts, and with ``--data`` the labelled real scans (benchmarks/accuracy.py).
+over the budget, or over the part of it in which the network has the same layers. The network is then measured as a
+user would meet it: maps that it has not seen, rendered at 1 mm in three contrasts, and with ``--data`` the labelled
+real scans (benchmarks/accuracy.py).
 
 A design that is done is kept in a file of its own in ``--work`` and not run again; one that was stopped starts anew.
 ``--rows`` takes parts of names, so that several processes can share the work.
@@ -15,6 +16,7 @@ A design that is done is kept in a file of its own in ``--work`` and not run aga
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -88,6 +90,11 @@ class Phase:
     kind: str = "plain"
     grow: bool = False
     severity: float = 1.0
+
+    @property
+    def starts_anew(self) -> bool:
+        """New layers, which a rate that has fallen already would leave as they are: the schedule begins again."""
+        return self.grow or self.kind == "cascade"
 
 
 SUBPIXEL = merged(MM1, net(32, 32, 64, 128, 192, subpixel=2), {"scored_cells": 2})
@@ -261,7 +268,23 @@ def loss_of(network: nn.Module, batch: Any, config: TrainConfig) -> torch.Tensor
     return loss / len(batch.groups)
 
 
-def learn(network: nn.Module, phase: Phase, config: TrainConfig, templates: list[Template], budget: Budget) -> None:
+def schedules(phases: Sequence[Phase]) -> list[tuple[Phase, tuple[float, float]]]:
+    """Each phase with the shares of the budget between which the schedule that it is part of runs."""
+    ends = list(itertools.accumulate(phase.share for phase in phases))
+    begins = [0.0, *ends[:-1]]
+    anew = [i for i, phase in enumerate(phases) if i == 0 or phase.starts_anew]
+    spans = zip(anew, [*anew[1:], len(phases)], strict=True)
+    return [(phase, (begins[i], ends[k - 1])) for i, k in spans for phase in phases[i:k]]
+
+
+def learn(
+    network: nn.Module,
+    phase: Phase,
+    config: TrainConfig,
+    templates: list[Template],
+    budget: Budget,
+    schedule: tuple[float, float] = (0.0, 1.0),
+) -> None:
     """Train for the phase's share of the budget; the network ends with the average of its weights."""
     if phase.severity < 1:
         config = config.model_copy(update={"generator": config.generator.at_severity(phase.severity)})
@@ -275,7 +298,9 @@ def learn(network: nn.Module, phase: Phase, config: TrainConfig, templates: list
     first = budget.steps
     while budget.spent < until:
         begun = time.process_time()
-        rate = learning_rate_factor(config.optimiser, int(TICKS * budget.spent / budget.seconds), TICKS)
+        start, end = schedule
+        done = (budget.spent / budget.seconds - start) / (end - start)
+        rate = learning_rate_factor(config.optimiser, int(TICKS * min(max(done, 0.0), 1.0)), TICKS)
         for group in optimiser.param_groups:
             group["lr"] = group["base_lr"] * rate
         loss = loss_of(network, stream.batch(budget.steps), config)
@@ -315,10 +340,10 @@ def score(name: str, templates: list[Template], options: argparse.Namespace) -> 
     target = load_scheme("siam16")
     budget = Budget(60 * options.cpu_minutes)
     network: nn.Module | None = None
-    for phase in DESIGNS[name]:
+    for phase, schedule in schedules(DESIGNS[name]):
         config = recipe(name, phase, options)
         network = build(phase, config, len(target), network)
-        learn(network, phase, config, templates, budget)
+        learn(network, phase, config, templates, budget, schedule)
     assert network is not None
     model = Model(
         network=network.eval(),  # type: ignore[arg-type]

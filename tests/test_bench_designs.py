@@ -73,3 +73,13 @@ def test_a_prior_moves_with_the_head():
     moved = network._placed(head.roll((8, 8, 8), (1, 2, 3)))
     inside = placed[..., 8:20, 8:20, 8:20]
     torch.testing.assert_close(moved[..., 12:24, 12:24, 12:24], inside, atol=1e-4, rtol=0)
+
+
+def test_the_learning_rate_rises_again_where_layers_are_new():
+    def spans(name):
+        return [tuple(round(x, 2) for x in span) for _, span in designs.schedules(designs.DESIGNS[name])]
+
+    assert spans("b: progressive, 4 mm, 2 mm, 1 mm") == [(0.0, 0.3), (0.3, 0.65), (0.65, 1.0)]
+    assert spans("d: 2 mm network and a light 1 mm refinement") == [(0.0, 0.6), (0.6, 1.0)]
+    assert spans("f: c, from mild to severe") == [(0.0, 1.0)] * 3
+    assert spans("c: subpixel, 1 mm in and out") == [(0.0, 1.0)]
