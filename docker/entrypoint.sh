@@ -30,7 +30,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ] && threads=$(quota) && [ "$threads" -lt "$(npro
 fi
 
 # With less than this even Python is killed, and could say nothing.
-least_mib=160
+least_mib=224
 for file in /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes; do
     if [ -r "$file" ] && read -r limit < "$file" && [ "$limit" != max ] && [ "$limit" -lt $((least_mib * 1048576)) ]; then
         echo "error: the container may use only $((limit / 1048576)) MiB of memory; give it more: --memory 4g" >&2
@@ -47,7 +47,7 @@ if mount=$(grep -E ' /data r[ow][, ]' /proc/self/mountinfo) && [ ! -w /data ]; t
         owner=$(stat -c %u:%g /data)
         [ "$owner" = "$(id -u):$(id -g)" ] ||
             echo "note: /data belongs to user $owner, and this container runs as $(id -u):$(id -g), who cannot write" \
-                "there; start it with --user $owner" >&2
+                "there; start it with --user $owner, or make that folder writable for $(id -u):$(id -g)" >&2
         ;;
     esac
 fi

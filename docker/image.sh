@@ -188,7 +188,7 @@ run_tests() {
     seen=$(contain --memory 300m --program sh "$work/data" -c \
         'cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2> /dev/null' 2> /dev/null) || true
     if [ "$seen" = 314572800 ]; then
-        for size in 40m 300m 1g; do
+        for size in 40m 240m 1g; do
             code=0
             contain --memory $size "$work/data" segment /data/scan.nii.gz -o /data/small.nii.gz --threads 1 \
                 > "$log" 2>&1 || code=$?
