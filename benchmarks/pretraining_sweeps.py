@@ -28,10 +28,10 @@ from pretraining_jobs import check_settings, kept, run_keys, slug
 
 from synthseg import rng
 from synthseg.errors import SynthSegError
-from synthseg.generator.views import render_views, sample_views
+from synthseg.generator.plan import Plan
+from synthseg.templates import Template
 from synthseg.training.pretraining import Pretrainer
-from synthseg.training.stream import template_of
-from synthseg.training.view_stream import ViewBatch, ViewStream
+from synthseg.training.view_stream import ViewStream
 from synthseg.volume import write_text_atomically
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -41,20 +41,25 @@ SEVERITY_TERMS: table.Terms = {"contrast": [{"loss": "hucl", "beta": 2.0}]}
 
 
 class PooledStream(ViewStream):
-    """Views of a fixed number of anatomies. The appearance of every batch is new, its anatomy is one of the pool."""
+    """Views of a fixed number of anatomies. What is drawn anew for each batch: appearance, and where the views lie."""
 
     pool = 1
 
-    def batch(self, number: int) -> ViewBatch:
-        generator, seed = self.config.generator, self.config.seed
-        one = int(torch.randint(self.pool, (), generator=rng.generator(seed, number, "pool")))
-        which = template_of(seed, one, self.templates)
-        template, (index, groups) = self.templates[which], self.tables[which]
-        shape = sample_views(generator, template.name, template.table, seed, one)[0]
-        held = {"anatomy": shape.anatomy, "anomalies": shape.anomalies, "deform": shape.deform}
-        fresh = sample_views(generator, template.name, template.table, seed, number)
-        views = render_views(template, [plan.model_copy(update=held) for plan in fresh])
-        return ViewBatch(views.images, index[views.labels.int()], [groups], None, None, None, list(views.plans))
+    def anatomy_of(self, index: int) -> int:
+        """The sample whose template and shape this one has."""
+        return int(torch.randint(self.pool, (), generator=rng.generator(self.config.seed, index, "pool")))
+
+    def template_of(self, index: int) -> int:
+        return super().template_of(self.anatomy_of(index))
+
+    def plans(self, template: Template, seed: int, index: int) -> list[Plan]:
+        shape = super().plans(template, seed, self.anatomy_of(index))[0]
+        held = []
+        for plan in super().plans(template, seed, index):
+            deform = shape.deform.model_copy(update={"perturbation_mm": plan.deform.perturbation_mm})
+            update = {"anatomy": shape.anatomy, "anomalies": shape.anomalies, "deform": deform}
+            held.append(plan.model_copy(update=update))
+        return held
 
 
 def pooled(pool: int) -> type[Pretrainer]:

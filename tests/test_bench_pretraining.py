@@ -279,7 +279,7 @@ def test_a_pool_repeats_its_anatomies_in_new_appearances(benchmarks: None, tiny_
     given = {
         "anatomy_weight": 0.0,
         "contrast": [{"loss": "info_nce"}],
-        "generator": {"shape": [16, 16, 16], "voxel_size_mm": 3, "views": {"severities": [0, 1]}},
+        "generator": {"shape": [16, 16, 16], "voxel_size_mm": 3, "views": {"severities": [0, 1], "shift_mm": 10.0}},
     }
     config = parse(PretrainConfig, given, "test")
     stream = sweeps.PooledStream(config, [tiny_template], load_scheme("siam16"))
@@ -290,7 +290,28 @@ def test_a_pool_repeats_its_anatomies_in_new_appearances(benchmarks: None, tiny_
     assert len({batch.plans[0].contrast.model_dump_json() for batch in batches}) == 6
     twin = shapes.index(shapes[0], 1)
     assert not torch.equal(batches[0].images, batches[twin].images)
-    assert all(plan.deform == batch.plans[0].deform for batch in batches for plan in batch.plans)
+
+
+def test_views_of_a_pool_are_moved_against_each_other_and_it_is_known(
+    benchmarks: None, tiny_template: Template
+) -> None:
+    """Else a network tells voxels by their place in the image, and learns nothing of anatomy."""
+    sweeps = importlib.import_module("pretraining_sweeps")
+    given = {
+        "anatomy_weight": 0.0,
+        "contrast": [{"loss": "info_nce"}],
+        "generator": {"shape": [16, 16, 16], "voxel_size_mm": 3, "views": {"severities": [0, 1], "shift_mm": 10.0}},
+    }
+    stream = sweeps.PooledStream(parse(PretrainConfig, given, "test"), [tiny_template], load_scheme("siam16"))
+    found = [stream.batch(number) for number in range(3)]
+    for batch in found:
+        assert batch.displacement_mm is not None
+        first, second = batch.displacement_mm
+        assert not bool(first.any())
+        assert float(second.abs().amax()) > 0.5
+        own = [plan.deform.model_copy(update={"perturbation_mm": None}) for plan in batch.plans]
+        assert own[0] == own[1]
+    assert len({float(batch.displacement_mm[1].mean()) for batch in found}) == 3  # drawn anew, though pool is 1
 
 
 # --------------------------------------------------------------------------------------------- the command

@@ -96,9 +96,15 @@ class ViewStream(Stream[ViewBatch]):
 
     def batch(self, number: int) -> ViewBatch:
         """Batch ``number``: the same whenever and wherever it is made."""
-        config = self.config
-        chosen = [(template_of(config.seed, i, self.templates), i) for i in self.samples(number)]
-        return self.anatomies(chosen, config.seed)
+        return self.anatomies([(self.template_of(i), i) for i in self.samples(number)], self.config.seed)
+
+    def template_of(self, index: int) -> int:
+        """Number of the template of a sample."""
+        return template_of(self.config.seed, index, self.templates)
+
+    def plans(self, template: Template, seed: int, index: int) -> list[Plan]:
+        """Plans of the views of a sample."""
+        return sample_views(self.config.generator, template.name, template.table, seed, index)
 
     def anatomies(self, chosen: list[tuple[int, int]], seed: int) -> ViewBatch:
         """Views of samples: (which template, sample index) for each."""
@@ -107,7 +113,7 @@ class ViewStream(Stream[ViewBatch]):
         plans: list[Plan] = []
         for which, index in chosen:
             template = self.templates[which]
-            own = sample_views(config.generator, template.name, template.table, seed, index)
+            own = self.plans(template, seed, index)
             views = render_views(template, own)
             images.append(views.images)
             labels.append(self.tables[which][0][views.labels.int()])
