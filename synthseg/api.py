@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from synthseg.devices import resolve_device
-from synthseg.errors import ConfigError, InputError, SynthSegError
+from synthseg.errors import ConfigError, InputError, LabelError, SynthSegError
 from synthseg.image_files import check_image, read_voxels
 from synthseg.inference import Mode, Options, Segmentation
 from synthseg.inference import segment as segment_volume
@@ -80,7 +80,9 @@ def segment(
     )
     if threads is not None and not (isinstance(threads, (int, np.integer)) and threads >= 1):
         raise ConfigError(f"threads={threads!r}; expected a whole number, 1 or more")
-    torch_device = torch.device(device) if isinstance(device, torch.device) else resolve_device(device)
+    if scheme is not None and not isinstance(scheme, (str, os.PathLike)):
+        raise LabelError(f"scheme={scheme!r}; expected the name of a scheme, for example 'siam16'")
+    torch_device = resolve_device(str(device))
     with _refused_memory_named(), _threads(threads):
         volume = as_volume(image)
         loaded = _loaded(model, torch_device) if isinstance(model, (str, Path)) else model
@@ -157,7 +159,7 @@ def as_volume(image: Image) -> Volume:
     if isinstance(image, Volume):
         checked = _checked(image.data, image.affine, "the volume")
         remarks = [*image.warnings, *(x for x in checked.warnings if x not in image.warnings)]
-        return Volume(checked.data, checked.affine, image.header, tuple(remarks))
+        return Volume(checked.data, checked.affine, image.header, tuple(remarks), image.rescaled or checked.rescaled)
     if isinstance(image, nib.spatialimages.SpatialImage):
         return _of_nibabel(image)
     kind = {base.__module__.partition(".")[0] for base in type(image).__mro__}

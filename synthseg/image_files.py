@@ -48,12 +48,16 @@ logging.getLogger("nibabel.global").addFilter(lambda record: not getattr(_READIN
 
 
 class ImageContent(NamedTuple):
-    """Voxels float32 (D, H, W), affine to RAS+ mm, header, and what the user should know, one sentence each."""
+    """Voxels float32 (D, H, W), affine to RAS+ mm, header, and what the user should know, one sentence each.
+
+    ``rescaled``: the values had to be changed (`as_float32`).
+    """
 
     data: np.ndarray
     affine: np.ndarray
     header: SpatialHeader | None
     warnings: tuple[str, ...]
+    rescaled: bool
 
 
 # -------------------------------------------------------------------------------------------------- names
@@ -109,7 +113,7 @@ def read_image(path: Path) -> ImageContent:
         values = _voxels(path, image).reshape(shape)
     _check_content(path, values)
     data, remark = as_float32(values)
-    return ImageContent(data, affine, image.header.copy(), (*notes, *remark))
+    return ImageContent(data, affine, image.header.copy(), (*notes, *remark), bool(remark))
 
 
 def check_image(
@@ -140,7 +144,7 @@ def check_image(
     data, remark = as_float32(
         values if values.dtype.kind == "f" or values.dtype.itemsize < 4 else values.astype(np.float64)
     )
-    return ImageContent(data, checked, header, (*notes, *remark))
+    return ImageContent(data, checked, header, (*notes, *remark), bool(remark))
 
 
 @contextlib.contextmanager

@@ -41,12 +41,14 @@ class Volume:
     affine : (4, 4), voxel indices to RAS+ mm.
     header : the header it was read with; a result saved "like" this volume keeps its fields.
     warnings : what the user should know about the file, one sentence each.
+    rescaled : the values of the file did not suit float32, and were brought to 0 to 1000.
     """
 
     data: np.ndarray
     affine: np.ndarray
     header: SpatialHeader | None = None
     warnings: tuple[str, ...] = field(default=())
+    rescaled: bool = False
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -237,7 +237,9 @@ def test_a_scheme_renames_the_labels(scan: Scan) -> None:
         ({"threads": 0}, ConfigError, "threads"),
         ({"threads": "2"}, ConfigError, "threads='2'"),
         ({"scheme": "sima16"}, LabelError, "siam16"),
+        ({"scheme": 5}, LabelError, "scheme=5"),
         ({"device": "gpu"}, DeviceError, "gpu"),
+        ({"device": torch.device("cuda", 99)}, DeviceError, "cuda:99"),
         ({"model": "no_such_model"}, CheckpointError, "no_such_model"),
     ],
 )

@@ -1,5 +1,6 @@
 """``synthseg finetune``, ``synthesize-t1`` and ``correct-bias``: from a recipe to an image, and what they refuse."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,71 @@ def test_a_corrected_scan_and_its_field_make_the_scan(scan: Path, models: dict[s
     np.testing.assert_allclose(product, np.asarray(source.dataobj), rtol=1e-3, atol=0.5)
 
 
+def test_what_is_doubtful_about_a_scan_is_said(
+    scan: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = nib.load(scan)
+    for setter in (image.set_sform, image.set_qform):
+        setter(image.affine, code=0)
+    nib.save(image, tmp_path / "lost.nii.gz")
+    for command, task in (("synthesize-t1", "reconstruction"), ("correct-bias", "bias-field")):
+        arguments = [command, str(tmp_path / "lost.nii.gz"), "-o", str(tmp_path / f"{command}.nii.gz")]
+        assert run([*arguments, "--model", str(models[task]), "--device", "cpu"]) == 0
+        assert f"warning: {tmp_path / 'lost.nii.gz'}: the header states no orientation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1e30, 0.0), (1e-30, 0.0), (1.0, 1e9)])
+def test_a_field_is_not_divided_out_of_values_that_had_to_be_changed(
+    factor: float,
+    offset: float,
+    scan: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is written times the field would not be the scan."""
+    image = nib.load(scan)
+    path, out = tmp_path / "far.nii", tmp_path / "out.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * factor + offset, image.affine), path)
+    arguments = ["correct-bias", str(path), "-o", str(out), "--model", str(models["bias-field"]), "--device", "cpu"]
+    assert run(arguments) == 2
+    assert f"error: {path}: its intensities are too large, too small or too far" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_run_goes_on_without_the_file_that_it_began_from(
+    models: dict[str, Path], template_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, out = tmp_path / "init.safetensors", tmp_path / "run"
+    init.write_bytes(models["reconstruction"].read_bytes())
+    recipe = tmp_path / "recipe.yaml"
+    bare = {key: value for key, value in TINY.items() if key not in ("generator", "network", "init")}
+    recipe.write_text(yaml.safe_dump({"task": "reconstruction", **bare, "generator": {"subsamples": 1}}))
+    arguments = ["finetune", str(recipe), "-o", str(out), "--templates", str(template_folders["head"]), "--init"]
+    assert run([*arguments, str(init), "--frozen", "--device", "cpu"]) == 0
+    init.unlink()
+    capsys.readouterr()
+    assert run([*arguments, str(tmp_path / "other.safetensors"), "--frozen", "--resume", "--device", "cpu"]) == 2
+    assert "other.safetensors: no such weights file" in capsys.readouterr().err
+    assert run([*arguments, str(init), "--frozen", "--resume", "--set", "steps=3", "--device", "cpu"]) == 0
+    assert json.loads((out / "train.json").read_text())["steps"] == 3
+    config = json.loads((out / "config.json").read_text())
+    assert (config["init"], config["network"]["channels"]) == (str(init.resolve()), TINY["network"]["channels"])
+
+
 def test_what_cannot_be_done_is_said_in_one_line(
     scan: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out.nii.gz")
+    out, other = str(tmp_path / "out.nii.gz"), tmp_path / "other.nii.gz"
+    other.write_bytes(scan.read_bytes())
     refused = [
         (["synthesize-t1", str(scan), "-o", out], "no model with a head for reconstruction ships"),
         (["correct-bias", str(scan), "-o", out, "--model", str(models["reconstruction"])], "no head for bias-field"),
         (["correct-bias", str(scan), "-o", out, "--model", "siam16"], "synthseg finetune --task bias-field"),
         (["correct-bias", str(scan), "-o", str(scan), "--model", "siam16"], "is one of the inputs"),
         (["synthesize-t1", str(scan), "-o", out, "--model", "siam16", "--spacing", "0"], "--spacing 0"),
-        (["correct-bias", str(scan), str(scan), "-o", out, "--model", "siam16"], "expected a folder"),
-        (["correct-bias", str(scan), str(scan), "-o", str(tmp_path), "--field", out], "leave out --field"),
+        (["correct-bias", str(scan), str(other), "-o", out, "--model", "siam16"], "expected a folder"),
+        (["correct-bias", str(scan), str(other), "-o", str(tmp_path), "--field", out], "leave out --field"),
         (
             [
                 "correct-bias",

@@ -54,6 +54,10 @@ def test_from_a_recipe_to_features_and_on_to_a_segmentation(
     config = json.loads((tmp_path / "seg" / "config.json").read_text())
     assert config["network"]["channels"] == [6, 8, 10]  # those of the features
     assert config["generator"]["shape"] == [16, 24, 16]
+    (out / "pretrained.safetensors").unlink()  # which a run that goes on needs no more
+    more = ["--resume", "--set", "steps=2"]
+    assert run(["train", str(segmentation), "-o", str(tmp_path / "seg"), *start, *more, *QUIET]) == 0
+    assert json.loads((tmp_path / "seg" / "config.json").read_text()) == config | {"steps": 2}
 
 
 def test_a_dry_run_draws_and_does_not_train(recipe: Path, tmp_path: Path) -> None:

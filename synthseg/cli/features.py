@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,7 +126,7 @@ def _extract(
     from synthseg.devices import resolve_device
     from synthseg.networks.feature_file import load_features
     from synthseg.representation.batch import Task, run
-    from synthseg.representation.extraction import Features, check_levels
+    from synthseg.representation.extraction import check_levels
 
     torch_device = resolve_device(device)
     loaded = load_features(model, torch_device)
@@ -134,12 +135,14 @@ def _extract(
         raise ConfigError(f"--pca {components}: the features have {channels} channels; choose at most that many")
     codes: list[int] = []
 
-    def on_done(task: Task, error: Exception | None, found: Features | None) -> None:
+    def on_done(task: Task, error: Exception | None, warnings: Sequence[str]) -> None:
         number = f"[{len(codes) + 1}/{len(scans)}]"
         if error is not None:
             codes.append(report(_named(error, task.source), debug, subject=f"{task.source}: "))
             return
         codes.append(0)
+        for warning in warnings:
+            say(f"warning: {task.source}: {warning}")
         say(f"{number} {task.source}" + (f" -> {task.target}" if task.target is not None else ""))
 
     paths: list[Path | None] = [*targets] if output is not None else [None] * len(sources)

@@ -16,6 +16,7 @@ from synthseg.cli.runs import (
     RunFolderOption,
     carry_out,
     check_run_folder,
+    resumed_folder,
     take_over,
 )
 
@@ -63,7 +64,9 @@ def finetune(
     debug: DebugOption = False,
 ) -> None:
     """Train one layer for a task on the features of a network, from synthetic or a few real images."""
-    config = load_recipe(recipe, task, settings or [], start, frozen, few_shot, templates, images, scheme)
+    config = load_recipe(
+        recipe, task, settings or [], start, frozen, few_shot, templates, images, scheme, output, resume
+    )
     folder = output or Path("runs") / config.name
     check_run_folder(folder, resume, dry_run)
     prepare_torch(threads)
@@ -90,6 +93,8 @@ def load_recipe(
     templates: list[str] | None = None,
     images: Path | None = None,
     scheme: str | None = None,
+    output: Path | None = None,
+    resume: bool = False,
 ) -> FinetuneConfig:
     """A recipe with the options of the command line; grid and network are those of its ``init`` unless it names them.
 
@@ -117,7 +122,7 @@ def load_recipe(
         found = find_images(images, record.get("task", "segmentation"))
         record["images"] = [one.model_dump(mode="json") for one in found]
     if record.get("init"):
-        take_over(record, str(record["init"]))
+        take_over(record, str(record["init"]), resumed_folder(FinetuneConfig, record, output, resume))
     folder = Path(file).parent
     beside = folder / str(record.get("scheme"))
     if beside.suffix == ".json" and beside.is_file():

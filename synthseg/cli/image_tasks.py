@@ -75,13 +75,16 @@ def run_images(
         source = scan.path
         try:
             with within_memory(torch_device):
-                work(load_volume(source), loaded, torch_device, target)
+                volume = load_volume(source)
+                work(volume, loaded, torch_device, target)
         except Exception as error:
             if isinstance(error, SynthSegError) and str(source) not in str(error):
                 error = type(error)(f"{source}: {error}").with_traceback(error.__traceback__)
             codes.append(report(error, debug, subject=f"{source}: "))
             continue
         codes.append(0)
+        for warning in volume.warnings:
+            say(f"warning: {source}: {warning}")
         say(f"[{number}/{len(jobs)}] {source} -> {target}")
     failed = [code for code in codes if code]
     raise typer.Exit(0 if not failed else failed[0] if len(jobs) == 1 else 1)

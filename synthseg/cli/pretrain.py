@@ -36,7 +36,7 @@ def pretrain(
     """Learn features that follow anatomy from several images of each, before a network learns to segment."""
     from synthseg.config import PretrainConfig
 
-    config = read_recipe(PretrainConfig, recipe, settings or [], start)
+    config = read_recipe(PretrainConfig, recipe, settings or [], start, output, resume)
     folder = output or Path("runs") / config.name
     check_run_folder(folder, resume, dry_run)
     prepare_torch(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -27,7 +28,14 @@ DevicesOption = Annotated[int, typer.Option("--devices", min=1, help="Devices on
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Computers, under SLURM or torchrun.")]
 
 
-def read_recipe(model: type[R], recipe: str, settings: list[str], start: str | None = None) -> R:
+def read_recipe(
+    model: type[R],
+    recipe: str,
+    settings: list[str],
+    start: str | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+) -> R:
     """A recipe with ``--set`` and ``--from`` applied; scheme and templates beside the recipe are taken from there."""
     from synthseg.config import parse, read_yaml, resolve_paths, set_by_path
 
@@ -35,21 +43,34 @@ def read_recipe(model: type[R], recipe: str, settings: list[str], start: str | N
     for assignment in settings:
         set_by_path(record, assignment)
     if start:
-        take_over(record, start)
+        take_over(record, start, resumed_folder(model, record, output, resume))
     beside = Path(recipe).parent / str(record.get("scheme"))
     if beside.suffix == ".json" and beside.is_file():
         record["scheme"] = str(beside)
     return resolve_paths(parse(model, record, recipe), Path(recipe).parent)
 
 
-def take_over(record: dict[str, Any], model: str) -> None:
-    """Start from a model's weights: network, voxel size and patch are its own where the recipe does not name them."""
+def resumed_folder(model: type[RunConfig], record: dict[str, Any], output: Path | None, resume: bool) -> Path | None:
+    """The folder of the run that goes on, if one does."""
+    return (output or Path("runs") / str(record.get("name", model().name))) if resume else None
+
+
+def take_over(record: dict[str, Any], model: str, resumed: Path | None = None) -> None:
+    """Start from a model's weights: network, voxel size and patch are its own where the recipe does not name them.
+
+    The run that goes on in the folder ``resumed`` has its weights; if the file that they came from is gone, network,
+    voxel size and patch are those of the run.
+    """
     from synthseg.errors import ConfigError
     from synthseg.networks.checkpoint import model_path, read_weights
 
-    file = model_path(model)
-    trained = read_weights(file)[1]["config"]
-    record["init"] = str(file.resolve()) if Path(model).is_file() else model
+    trained = None if resumed is None else _begun_from(model, resumed)
+    if trained is not None:
+        record["init"] = trained["init"]
+    else:
+        file = model_path(model)
+        trained = read_weights(file)[1]["config"]
+        record["init"] = str(file.resolve()) if Path(model).is_file() else model
     for section, keys in (("network", list(trained.get("network", {}))), ("generator", ["voxel_size_mm", "shape"])):
         own = record[section] = dict(record.get(section) or {})
         for key in keys:
@@ -62,6 +83,15 @@ def take_over(record: dict[str, Any], model: str) -> None:
             f"--from {model}: its network has {its}, the recipe {ours}; leave out 'network' and the "
             "generator's voxel_size_mm and shape to take over the model's, or write a recipe with: synthseg init --from"
         )
+
+
+def _begun_from(model: str, folder: Path) -> dict[str, Any] | None:
+    """The recipe of the run in a folder, if it began from this file, and the file is gone."""
+    config = folder / "config.json"
+    if Path(model).exists() or not config.is_file():
+        return None
+    record: dict[str, Any] = json.loads(config.read_text())
+    return record if record.get("init") == str(Path(model).resolve()) else None
 
 
 def check_run_folder(folder: Path, resume: bool, dry_run: bool) -> None:

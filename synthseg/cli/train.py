@@ -38,7 +38,7 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train a network on synthetic images of label templates."""
-    config = load_recipe(recipe, settings or [], start)
+    config = load_recipe(recipe, settings or [], start, output, resume)
     folder = output or Path("runs") / config.name
     check_run_folder(folder, resume, dry_run)
     prepare_torch(threads)
@@ -52,8 +52,10 @@ def train(
     carry_out(trainer, notes, dry_run, "use it with: synthseg segment IN --model {}")
 
 
-def load_recipe(recipe: str, settings: list[str], start: str | None = None) -> TrainConfig:
+def load_recipe(
+    recipe: str, settings: list[str], start: str | None = None, output: Path | None = None, resume: bool = False
+) -> TrainConfig:
     """A training recipe with ``--set`` and ``--from`` applied."""
     from synthseg.config import TrainConfig
 
-    return read_recipe(TrainConfig, recipe, settings, start)
+    return read_recipe(TrainConfig, recipe, settings, start, output, resume)

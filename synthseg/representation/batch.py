@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from synthseg import __version__
 from synthseg.networks.feature_file import FeatureModel
-from synthseg.representation.extraction import Features, extract
+from synthseg.representation.extraction import extract
 from synthseg.representation.files import write_values
 from synthseg.representation.pca import Pca, fit_pca, sample
 from synthseg.representation.picture import Row, write_picture
@@ -30,6 +30,9 @@ class Task:
     target: Path | None = None
 
 
+OnDone: TypeAlias = Callable[[Task, Exception | None, Sequence[str]], None]  # scan, error, warnings
+
+
 @dataclass
 class _Kept:
     """What is kept of a scan until the basis of all is known; the features themselves wait in a file."""
@@ -40,6 +43,7 @@ class _Kept:
     head: np.ndarray
     levels: tuple[int, ...]
     channels: tuple[int, ...]
+    warnings: tuple[str, ...]
 
     def values(self) -> torch.Tensor:
         return torch.from_numpy(np.lib.format.open_memmap(self.spool, mode="c"))
@@ -53,7 +57,7 @@ def run(
     *,
     components: int = 0,
     picture: Path | None = None,
-    on_done: Callable[[Task, Exception | None, Features | None], None] = lambda task, error, features: None,
+    on_done: OnDone = lambda task, error, warnings: None,
 ) -> None:
     """Extract the features of each scan and write them.
 
@@ -61,8 +65,9 @@ def run(
     shows the first three as colours. Either needs all scans first: features then wait in temporary files, so that
     memory holds one scan at a time. A scan that fails leaves the others alone.
 
-    ``on_done`` is called once for each scan: with an error, or None when it is written. Raises ConfigError if more
-    components are asked for than there are channels, and OutputError if the picture cannot be written.
+    ``on_done`` is called once for each scan: with an error, or None when it is written, and what the user should know
+    of the scan. Raises ConfigError if more components are asked for than there are channels, and OutputError if the
+    picture cannot be written.
     """
     if components == 0 and picture is None:
         for task in tasks:
@@ -72,16 +77,17 @@ def run(
         kept, samples = [], []
         for number, task in enumerate(tasks):
             try:
-                found = extract(load_volume(task.source), model, device, levels)
+                volume = load_volume(task.source)
+                found = extract(volume, model, device, levels)
                 spool = Path(folder) / f"{number}.npy"
                 np.save(spool, found.values.numpy())
             except Exception as error:
-                on_done(task, error, None)
+                on_done(task, error, ())
                 continue
             samples.append(sample(found.values, found.head))
             head = found.head.numpy()
-            kept.append(_Kept(task, spool, found.affine, head, found.levels, found.channels))
-            del found
+            kept.append(_Kept(task, spool, found.affine, head, found.levels, found.channels, volume.warnings))
+            del volume, found
         if not kept:
             return
         n_channels = samples[0].shape[1]
@@ -93,9 +99,9 @@ def run(
                 if one.task.target is not None:
                     _write(one, basis, components, model)
             except Exception as error:
-                on_done(one.task, error, None)
+                on_done(one.task, error, ())
             else:
-                on_done(one.task, None, None)
+                on_done(one.task, None, one.warnings)
         if picture is not None:
             write_picture(picture, _rows(kept, basis))
 
@@ -105,17 +111,18 @@ def _one(
     model: FeatureModel,
     device: torch.device | str,
     levels: Sequence[int],
-    on_done: Callable[[Task, Exception | None, Features | None], None],
+    on_done: OnDone,
 ) -> None:
     try:
-        found = extract(load_volume(task.source), model, device, levels)
+        volume = load_volume(task.source)
+        found = extract(volume, model, device, levels)
         if task.target is not None:
             record = describe(task.source, model, found.levels, found.channels)
             write_values(task.target, found.values, found.affine, record)
     except Exception as error:
-        on_done(task, error, None)
+        on_done(task, error, ())
     else:
-        on_done(task, None, found)
+        on_done(task, None, volume.warnings)
 
 
 def _write(one: _Kept, basis: Pca, components: int, model: FeatureModel) -> None:

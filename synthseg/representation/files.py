@@ -69,10 +69,8 @@ def write_values(path: Path, values: torch.Tensor, affine: np.ndarray, record: M
     if suffix in (".nii.gz", ".nii"):
         _write_nifti(path, values, affine, record)
     elif suffix == ".npz":
-        with atomic_path(path) as temporary:
-            np.savez_compressed(
-                temporary, features=values.numpy(), affine=affine, record=np.array(json.dumps(dict(record)))
-            )
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # savez adds its own ending to a name
+            np.savez_compressed(file, features=values.numpy(), affine=affine, record=np.array(json.dumps(dict(record))))
     else:
         save_tensors(path, {"features": values, "affine": torch.from_numpy(affine.copy())}, dict(record))
 

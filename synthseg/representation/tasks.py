@@ -106,8 +106,14 @@ def correct_bias(volume: Volume, model: Model, device: torch.device | str = "cpu
     """Divide a scan by the smooth field that its coils multiplied it with, found by the network.
 
     The field, not the scan, is resampled. Raises InputError on a CT scan, which has no such field, and on intensities
-    whose zero has been moved (standardised, for example): they are no product of image and field any more.
+    whose zero has been moved (standardised, for example, or as the scan was read): they are no product of image and
+    field any more.
     """
+    if volume.rescaled:
+        raise InputError(
+            "its intensities are too large, too small or too far from zero for the program, so that no field can be "
+            "divided out of them; give the scan with intensities of about 0 to 1000, its air at 0"
+        )
     data = np.asarray(volume.data, dtype=np.float32)
     _check_product(data)
     result = run_task(volume, model, "bias-field", device)

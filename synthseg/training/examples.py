@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from synthseg.config import ImageConfig
 from synthseg.config.finetuning import TaskName
 from synthseg.conforming import crop, head_box
 from synthseg.errors import ConfigError, InputError
+from synthseg.inputs import SEGMENTATION, is_own_output
 from synthseg.intensity import CT_WINDOW_HU, fill_as_air, finite, foreground, looks_like_hounsfield, normalise
 from synthseg.labels import BRAIN_TISSUES, LabelTable, load_scheme, tissue_mask
 from synthseg.templates import read_label_map
@@ -31,7 +33,7 @@ T1_ENDINGS = ("_t1", "_T1w", "-t1")
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A real image in RAS+ order, cropped to the head.
+    """A real image in RAS+ order, cropped to the head, in a border of one voxel of background.
 
     Attributes
     ----------
@@ -78,8 +80,21 @@ def load_example(one: ImageConfig, scheme: str, task: TaskName) -> Example:
     t1 = _aligned(canonical(_read(one.t1)), ras, one) if one.t1 else None
     if t1 is not None and table is not None:
         t1 = _at_level(t1, torch.from_numpy(tissue_mask(table, {"wm"}))[labels.int()])
-    name = image_stem(Path(one.image))
-    return Example(name, image, labels, table, ras.spacing_mm, (d, h, w), t1, contrast)
+    return Example(
+        image_stem(Path(one.image)),
+        _bordered(image),
+        _bordered(labels),
+        table,
+        ras.spacing_mm,
+        (d + 1, h + 1, w + 1),
+        None if t1 is None else _bordered(t1),
+        contrast,
+    )
+
+
+def _bordered(volume: torch.Tensor) -> torch.Tensor:
+    """With a border of zeros, so that the nearest voxel of all that lies beyond the scan is background."""
+    return F.pad(volume, (1, 1, 1, 1, 1, 1))
 
 
 def load_examples(
@@ -187,7 +202,8 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
     ``x.nii.gz`` beside ``x_seg.nii.gz`` (or another of LABEL_ENDINGS; T1_ENDINGS for a T1); and two folders,
     ``imagesX`` and ``labelsX`` (``t1X``), with the same names, an nnU-Net ``_0000`` apart, where X is anything but Ts:
     the images of ``imagesTs`` are to be tested on. ``x_T1w.nii.gz`` is a scan of its own unless the task asks for a T1,
-    or ``x.nii.gz`` is there. Raises ConfigError where a partner is missing.
+    or ``x.nii.gz`` is there; beside a folder of partners every image is. What other commands made of a scan
+    (``x_mask.nii.gz``) is left out. Raises ConfigError where a partner is missing.
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; give a folder of images and label maps")
@@ -195,10 +211,12 @@ def find_images(folder: Path, task: TaskName, scheme: str = "") -> tuple[ImageCo
     endings = {"labels": LABEL_ENDINGS, "t1": T1_ENDINGS}.get(partner, ())
     places = {sub.name.lower(): sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
     inside = [sub for name, sub in places.items() if name.startswith("images") and name != "imagests"]
-    files = [file for place in inside or [folder] for file in _images_in(place)]
+    files = [file for place in inside or [folder] for file in _images_in(place) if not _is_derived(file)]
     by_stem = {image_stem(file): file for file in files}
     others = {stem: file for stem, file in by_stem.items() if _is_partner(stem, by_stem, task)}
-    scans = [file for file in files if image_stem(file) not in others]
+    kinds = ("labels", "t1")
+    apart = [sub for sub in inside if any(sub.name.lower().replace("images", kind, 1) in places for kind in kinds)]
+    scans = [file for file in files if file.parent in apart or image_stem(file) not in others]
     if not scans:
         raise ConfigError(f"--images {folder}: holds no images (NIfTI or MGH), in itself or in images*/ but imagesTs")
     found = []
@@ -229,6 +247,11 @@ def _is_partner(stem: str, stems: Collection[str], task: TaskName) -> bool:
         return True
     own = next((stem.removesuffix(ending) for ending in T1_ENDINGS if stem.endswith(ending)), None)
     return own is not None and (task == "reconstruction" or own in stems or f"{own}_image" in stems)
+
+
+def _is_derived(file: Path) -> bool:
+    """Whether an image was made of the scan beside it; a segmentation is no such image, but its partner."""
+    return is_own_output(file) and not image_stem(file).endswith(SEGMENTATION)
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -161,6 +161,7 @@ def scan(scene: Scene, plan: ArtefactPlan | None = None) -> Scan:
 def image_plan(config: GeneratorConfig, example: Example, seed: int, index: int, pose: bool = True) -> ImagePlan:
     """Draw one look at a real image: artefacts and a pose, or, without ``pose``, the image where it is.
 
+    Then the first point that is read is a voxel of the image, which is so seen voxel by voxel where voxel sizes agree.
     Masks and scenes that follow labels are left out where there are none.
     """
     extent = tuple(n * config.voxel_size_mm for n in config.shape)
@@ -168,7 +169,7 @@ def image_plan(config: GeneratorConfig, example: Example, seed: int, index: int,
     def draw(stage: str) -> Draw:
         return Draw(rng.generator(seed, index, stage))
 
-    where = sample_deform(config.deform, extent, draw("deform")) if pose else STRAIGHT
+    where = sample_deform(config.deform, extent, draw("deform")) if pose else _on_voxels(config, example)
     settings = config.artefacts
     if example.table is None:
         settings = settings.model_copy(update={"masking": MaskingConfig(), "modes": ModesConfig()})
@@ -182,3 +183,12 @@ def image_plan(config: GeneratorConfig, example: Example, seed: int, index: int,
         deform=where,
         artefacts=sample_artefacts(settings, config.voxel_size_mm, extent, draw("artefacts"), example.contrast),
     )
+
+
+def _on_voxels(config: GeneratorConfig, example: Example) -> DeformPlan:
+    """The image where it is, but for half a voxel at most, by which the first point that is read becomes a voxel."""
+    shift_mm = []
+    for n, center, spacing_mm in zip(config.shape, example.center, example.spacing_mm, strict=True):
+        first = center - (n - 1) / 2 * config.voxel_size_mm / spacing_mm
+        shift_mm.append((round(first) - first) * spacing_mm)
+    return STRAIGHT.model_copy(update={"shift_mm": tuple(shift_mm)})

@@ -94,6 +94,25 @@ def test_components_and_colours_are_shared(model: Path, tmp_path: Path) -> None:
     assert colourful[:, pixels.shape[1] // 2 :].mean() > 0.1  # colour on the right
 
 
+def test_a_name_in_capitals_is_the_name_of_the_file(model: Path, tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / "a.nii.gz")
+    for name in ("A.NPZ", "A.NII.GZ", "A.SafeTensors"):
+        assert features(model, scan, "-o", tmp_path / name) == 0
+    assert names(tmp_path) == ["A.NII.GZ", "A.NPZ", "A.SafeTensors", "a.nii.gz"]
+    assert np.load(tmp_path / "A.NPZ")["features"].shape[0] == CHANNELS
+
+
+def test_what_is_doubtful_about_a_scan_is_said(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scan = write_scan(tmp_path / "a.nii.gz")
+    image = nib.load(scan)
+    image.set_sform(image.affine, code=0)
+    image.set_qform(image.affine, code=0)
+    nib.save(image, scan)
+    for more in (["-o", tmp_path / "out.npz"], ["--picture", tmp_path / "a.png"]):
+        assert features(model, scan, *more) == 0
+        assert f"warning: {scan}: the header states no orientation" in capsys.readouterr().err
+
+
 def test_a_picture_alone(model: Path, tmp_path: Path) -> None:
     scan = write_scan(tmp_path / "a.nii.gz")
     assert features(model, scan, "--picture", tmp_path / "a.png") == 0

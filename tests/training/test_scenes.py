@@ -1,5 +1,6 @@
 """Real images to learn from: how they are found, read, moved and scanned."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from scipy import ndimage
 
 from synthseg.config import GeneratorConfig, ImageConfig
 from synthseg.config.artefacts import ArtefactConfig
+from synthseg.config.finetuning import TaskName
 from synthseg.errors import ConfigError, LabelError
 from synthseg.training.examples import distinct_names, find_images, head_mask, load_example
 from synthseg.training.scenes import STRAIGHT, ImagePlan, image_plan, moved, scan
@@ -80,12 +82,12 @@ def test_without_labels_the_head_is_what_is_not_air(pair: ImageConfig) -> None:
 
 
 def test_where_it_is_an_image_stays_as_it_is(pair: ImageConfig) -> None:
-    """Straight, at voxels that fall on those of the scan along each axis in turn."""
+    """Straight, the first of its voxels on one of the scan along each axis."""
     example = load_example(pair, "siam16", "segmentation")
     look = image_plan(GRID, example, seed=0, index=0, pose=False)
     seen = moved(example, look)
     at = [
-        np.arange(n) * 1.25 / mm + c - (n - 1) * 1.25 / (2 * mm)
+        np.arange(n) * 1.25 / mm + np.rint(c - (n - 1) * 1.25 / (2 * mm))
         for n, mm, c in zip(GRID.shape, example.spacing_mm, example.center, strict=True)
     ]
     grid = np.stack(np.meshgrid(*at, indexing="ij"))
@@ -98,9 +100,45 @@ def test_where_it_is_an_image_stays_as_it_is(pair: ImageConfig) -> None:
     assert (scan(seen).image - seen.image).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("odd", [0, 1])
+def test_where_voxel_sizes_agree_an_image_is_seen_voxel_by_voxel(odd: int, pair: ImageConfig) -> None:
+    """Whether the middle of the brain is a voxel or lies between two."""
+    example = replace(load_example(pair, "siam16", "segmentation"), spacing_mm=(1.25, 1.25, 1.25))
+    shape = (16 + odd, 18, 20 + odd)
+    settings = GRID.model_copy(update={"shape": shape})
+    for center in ((15.0, 19.5, 17.0), (15.5, 19.0, 16.5)):
+        there = replace(example, center=center)
+        seen = moved(there, image_plan(settings, there, 0, 0, pose=False))
+        first = [round(c - (n - 1) / 2) for c, n in zip(center, shape, strict=True)]
+        box = tuple(slice(start, start + n) for start, n in zip(first, shape, strict=True))
+        assert torch.equal(seen.labels, example.labels[box])
+        torch.testing.assert_close(seen.image[0], example.image[box], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "bias-field"])
+def test_beyond_a_scan_that_is_cut_at_the_neck_there_is_nothing(task: TaskName, tmp_path: Path) -> None:
+    """No label where there is no image: what a network learns of air it would learn of the head."""
+    ids = head_ids()[:, :, 12:]
+    image = np.vectorize(BRIGHT.get)(ids).astype(np.float32)
+    files = write(tmp_path / "a_image.nii.gz", image), write(tmp_path / "a_label.nii.gz", ids)
+    labels = str(files[1]) if task == "segmentation" else ""
+    example = load_example(ImageConfig(image=str(files[0]), labels=labels), "head", task)
+    settings = GRID.model_copy(update={"shape": (31, 33, 65)})
+    look = image_plan(settings, example, 0, 0, pose=False)
+    seen = moved(example, look)
+    at = example.center[2] + (look.deform.shift_mm[2] + (np.arange(65) - 32) * 1.25) / SPACING_MM[2]
+    below = at < 0.5  # nearer to the border than to the first slice
+    assert 10 < below.sum() < 40
+    assert (example.labels[:, :, 1] > 0).any()
+    assert not seen.labels[:, :, below].any()
+    assert not seen.head[:, :, below].any()
+    assert seen.labels[:, :, ~below].any()
+
+
 def test_a_mirrored_image_has_its_sides_exchanged(pair: ImageConfig) -> None:
     example = load_example(pair, "siam16", "segmentation")
     look = image_plan(GRID, example, 0, 0, pose=False)
+    look = look.model_copy(update={"deform": STRAIGHT})
     mirrored = look.model_copy(update={"deform": STRAIGHT.model_copy(update={"flip": True})})
     straight, flipped = moved(example, look), moved(example, mirrored)
     torch.testing.assert_close(flipped.image, straight.image.flip(1), rtol=1e-4, atol=1e-4)
@@ -182,6 +220,15 @@ def test_what_does_not_belong_together_is_refused(pair: ImageConfig, tmp_path: P
         (["a_T1w.nii.gz", "a_T1w_seg.nii.gz"], ["a_T1w_seg.nii.gz"]),
         (["sub-1_T1w.nii.gz", "sub-1_dseg.nii.gz"], ["sub-1_dseg.nii.gz"]),
         (["a.nii.gz", "a_seg.nii.gz", "a_t1.nii.gz"], ["a_seg.nii.gz"]),  # the T1 of the same head
+        (  # where partners have a folder, every image is one
+            ["images/x.nii.gz", "images/x_T1w.nii.gz", "labels/x.nii.gz", "labels/x_T1w.nii.gz"],
+            ["labels/x.nii.gz", "labels/x_T1w.nii.gz"],
+        ),
+        (["images/s_seg.nii.gz", "labels/s_seg.nii.gz"], ["labels/s_seg.nii.gz"]),
+        (  # what other commands make of a scan
+            ["a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz", "a_unbiased.nii.gz", "a_t1synth.nii.gz", "a_posteriors.nii"],
+            ["a_seg.nii.gz"],
+        ),
     ],
 )
 def test_images_of_a_folder_find_their_partners(files: list[str], pairs: list[str], tmp_path: Path) -> None:
@@ -201,6 +248,12 @@ def test_a_t1_is_found_beside_its_image(tmp_path: Path) -> None:
     assert [(Path(one.image).name, Path(one.t1).name) for one in found] == [
         ("a.nii.gz", "a_t1.nii.gz"),
         ("b_flair_image.nii.gz", "b_flair_T1w.nii.gz"),
+    ]
+    for name in ("imagesTr/a_T1w.nii.gz", "imagesTr/a_T2w.nii.gz", "t1Tr/a_T1w.nii.gz", "t1Tr/a_T2w.nii.gz"):
+        write(tmp_path / "apart" / name, np.zeros((2, 2, 2), dtype=np.int16))
+    assert [Path(one.t1).name for one in find_images(tmp_path / "apart", "reconstruction")] == [
+        "a_T1w.nii.gz",
+        "a_T2w.nii.gz",
     ]
 
 
