@@ -98,10 +98,12 @@ def severity_section(rows: list[Row]) -> str:
             cells += [spread_of([probe_dice(row) for row in own]), spread_of([tuned_mean(row) for row in own])]
         lines.append(cells)
     parts = [table(header, lines), ""]
+    ways = set()
     for what, figure in (("linear probe", probe_dice), ("Dice after few steps", tuned_mean)):
         peaks = {pool: peak([row for row in rows if row["pool"] == pool], figure) for pool in amounts}
         told = "; ".join(f"{named[pool]}: {at:g} (by {ahead:.3f})" for pool, (at, ahead) in peaks.items())
         fresh, fewest = peaks[None][0], peaks[pools[0]][0]
+        ways.add(np.sign(fresh - fewest))
         claim = "the same augmentation: AdaInf's claim is not seen"
         if fresh != fewest:
             way = "weaker augmentation, as" if fresh < fewest else "stronger augmentation, against what"
@@ -116,6 +118,8 @@ def severity_section(rows: list[Row]) -> str:
             f"Best severity by {what}, and how far ahead of the next: {told}. By that, more data wants {claim}. {sure}"
         )
         parts.append(bullet(text))
+    if len(ways) > 1:
+        parts.append(bullet("The two do not agree: these runs do not decide it."))
     return "\n".join(parts)
 
 

@@ -245,6 +245,7 @@ def test_the_sweep_of_severity_is_read(pages: ModuleType, fresh_best: float, cla
             swept[f"{pool} {value}"] = one
     text = " ".join(pages.sweeps_section({"settings": {"cpu_minutes": 2}, "rows": swept}).split())
     assert f"16 anatomies: 0.5 (by 0.100); a new anatomy each step: {fresh_best:g} (by 0.100). By that, {claim}" in text
+    assert ("The two do not agree" in text) == (fresh_best != 0.5)  # the Dice is the same everywhere
     assert "Sweep of temperature: not run." in text
 
 
