@@ -287,8 +287,9 @@ def modes_section(model: Model, modes: dict[str, Any]) -> str:
 
 What each mode gains over the default, in mean Dice over all structures, and how many times as long it takes (network,
 clean-up and resampling, without start-up and writing). "Crop" is a box of
-{" x ".join(f"{side:g}" for side in modes["crop_mm"])} mm; "voxel size" brings the small heads back to an adult's size.
-Seconds and memory of the whole command are below.
+{" x ".join(f"{side:g}" for side in modes["crop_mm"])} mm. "Voxel size" is the option `--voxel-size`, which brings the
+small heads back to an adult's size; "voxels of 1.5 mm" is that option where it should not be used: the network then
+sees a small head. Seconds and memory of the whole command are below.
 
 {table(["scans", "mode", "Dice", "gain", "least and greatest", "times as long"], rows)}
 
