@@ -30,7 +30,7 @@ def find_scans(inputs: Sequence[str | Path]) -> list[Scan]:
 
     From folders and patterns, hidden files, segmentations (``*_seg``) and other outputs that lie beside their scan
     are left out, and sub-folders are not searched (``**`` searches them). A path that exists is never a pattern.
-    Raises InputError if a folder or pattern holds no scan.
+    A scan that is named more than once is taken once. Raises InputError if a folder or pattern holds no scan.
     """
     scans: list[Scan] = []
     for given in inputs:
@@ -41,7 +41,17 @@ def find_scans(inputs: Sequence[str | Path]) -> list[Scan]:
             scans += _matching(str(given))
         else:
             scans.append(Scan(path))
-    return scans
+    first: dict[str, Scan] = {}
+    for scan in scans:
+        before = first.setdefault(place_of(scan.path), scan)
+        if scan.named and not before.named:
+            first[place_of(scan.path)] = Scan(before.path)
+    return list(first.values())
+
+
+def place_of(path: Path) -> str:
+    """The one path of a file among all that lead to it through folders. A link is a file of its own."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def read_list(path: Path) -> list[str]:

@@ -93,7 +93,7 @@ def _recipe(structure: str, table: LabelTable) -> tuple[np.ndarray, Callable[[np
     else:
         classes, prepare = np.array([name.lower() == key for name in table.names]) & foreground, lambda inside: None
     if not classes.any():
-        known = ", ".join([*groups, *table.names[1:]])
+        known = ", ".join([*(name for name, (some, _) in groups.items() if some.any()), *table.names[1:]])
         raise OutputError(f"there is no structure '{structure}' to make a surface of; choose from {known}")
     return classes, prepare
 

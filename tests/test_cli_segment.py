@@ -186,14 +186,13 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, capsys:
         ([scan, "-o", tmp_path / "x.txt"], "x.txt"),
         ([scan, "-o", scan, "--overwrite"], "one of the inputs"),
         ([scan, other, "-o", tmp_path / "out"], "written twice"),
-        ([scan, scan], "written twice"),
         ([scan, other, "-o", tmp_path / "x.nii.gz"], "folder"),
         ([scan, other, "-o", tmp_path / "file"], "folder"),
         ([scan, "--volumes", tmp_path / "file" / "v.csv"], "v.csv"),
         ([scan, "--volumes", tmp_path], str(tmp_path)),
         ([scan, "--overview", tmp_path / "p.jpg"], ".png"),
         ([scan, "--overview", tmp_path / "file" / "p.png"], "p.png"),
-        ([scan, "--volumes", tmp_path / "a_seg.nii.gz"], "written twice"),
+        ([scan, "--volumes", tmp_path / "a_seg.nii.gz"], ".csv"),
         ([scan, "--model", "nothing"], "nothing"),
         ([scan, tmp_path / "missing.nii.gz"], "missing.nii.gz"),
     ]
@@ -290,6 +289,13 @@ def test_a_list_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert files(tmp_path / "out") == ["a_seg.nii.gz", "b_seg.nii.gz"]
 
 
+def test_a_scan_that_is_named_twice_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scan = write_scan(tmp_path / "in" / "a.nii.gz")
+    assert segment(scan, tmp_path / "in" / ".." / "in" / "a.nii.gz", "-o", tmp_path / "x.nii.gz") == 0
+    assert segment(tmp_path / "in", scan, "-o", tmp_path / "out", "--mesh", "Bright,bright, BRIGHT") == 0
+    assert files(tmp_path) == ["in/a.nii.gz", "out/a_Bright.surf.gii", "out/a_seg.nii.gz", "x.nii.gz"]
+
+
 def test_a_quoted_pattern(tmp_path: Path) -> None:
     write_scan(tmp_path / "s1" / "a.nii.gz")
     write_scan(tmp_path / "s2" / "b.nii.gz", 1)
@@ -312,6 +318,8 @@ def test_a_quoted_pattern(tmp_path: Path) -> None:
         (["a.nii.gz", "--participant", "01"], "--bids"),
         (["a.nii.gz", "--bids", "."], "no other scans"),
         (["a.nii.gz", "--report", "report.pdf"], ".html"),
+        (["a.nii.gz", "--volumes", "v.xlsx"], "v.xlsx: expected a name that ends in .tsv (a table with tabs), .csv or"),
+        (["--bids", ".", "--volumes", "v.xlsx"], "v.xlsx: expected a name"),
         (["--from-list", "nowhere.txt"], "nowhere.txt"),
         (["--bids", "."], "sub-<label>"),
         (["no*.nii.gz"], "no scan matches"),

@@ -25,6 +25,11 @@ def write(folder: Path, text: str) -> Path:
         ({"generator": {"deform": {"rotation": 3}}}, "'generator.deform.rotation', did you mean 'rotation_deg'"),
         ({"network": {"chanels": [8]}}, "did you mean 'channels'"),
         ({"generator": {"zzzzqq": 1}}, "known keys: voxel_size_mm, shape"),
+        ({"learning_rate": 3}, r"'learning_rate', did you mean 'optimiser.learning_rate'\?$"),
+        ({"generator": {"noise_std": [0, 1]}}, r"did you mean 'generator.artefacts.noise_std'\?$"),
+        ({"template": []}, r"did you mean 'templates'\?$"),
+        ({"generator": {"seed": 1, "ema_decay": 0}}, r"did you mean 'seed'\?; .* mean 'optimiser.ema_decay'\?$"),
+        ({"learning": 3}, "unknown key 'learning', known keys: name, "),
     ],
 )
 def test_unknown_keys_name_the_nearest(record: dict[str, Any], message: str) -> None:

@@ -54,6 +54,17 @@ def test_a_file_is_taken_as_it_is(folder: Path) -> None:
     assert find_scans(given) == [Scan(path, named=True) for path in given]
 
 
+def test_a_scan_that_is_named_twice_is_taken_once(folder: Path) -> None:
+    inside = folder / "sub"
+    (inside / "z.nii.gz").symlink_to(inside / "x.nii.gz")  # segmented into a file of its own
+    again = [inside / "x.nii.gz", str(inside / ".." / "sub" / "x.nii.gz"), inside]
+    assert find_scans([inside, *again]) == [
+        Scan(inside / "x.nii.gz", named=True),
+        Scan(inside / "z.nii.gz", named=False),
+    ]
+    assert find_scans([folder / "missing.nii"] * 2) == [Scan(folder / "missing.nii")]
+
+
 @pytest.mark.parametrize(("given", "word"), [("empty", "no scan in this folder"), ("no*.nii", "no scan matches")])
 def test_nothing_found_is_an_error(folder: Path, given: str, word: str) -> None:
     (folder / "empty").mkdir()

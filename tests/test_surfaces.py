@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from synthseg.errors import InputError, OutputError
-from synthseg.labels import load_scheme
+from synthseg.labels import Label, LabelTable, load_scheme
 from synthseg.posteriors import Posteriors
 from synthseg.surfaces import Surface, check_structure, isosurface, surface, write_surface
 from synthseg.volume import Volume
@@ -144,6 +144,9 @@ def test_a_structure_that_is_not_there_or_unknown_is_an_error() -> None:
         check_structure("background", SIAM)
     check_structure("hippocampus", SIAM)
     check_structure("SKULL", load_scheme("head45"))
+    brain = LabelTable("brain", (Label(0, "Background", tissue="air"), Label(2, "White", tissue="wm")))
+    with pytest.raises(OutputError, match=r"no structure 'skull'.*choose from brain, head, White$"):
+        check_structure("skull", brain)
 
 
 def test_gifti_is_read_back_in_scanner_space(tmp_path: Path) -> None:

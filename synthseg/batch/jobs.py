@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,12 @@ def plan_jobs(
     if output is not None and not one_file and (image_suffix(output) or output.is_file()):
         raise OutputError(f"{output}: is a file name, but {len(scans)} scans are to be written; expected a folder")
     jobs = []
-    for scan in scans:
+    for scan, own in zip(scans, _distinct_stems([scan.path for scan in scans]), strict=True):
         labels = _labels_path(scan.path, output, one_file)
         stem = image_stem(labels)
         stem = stem[: -len(SEGMENTATION)] if stem.endswith(SEGMENTATION) and len(stem) > len(SEGMENTATION) else stem
         targets = targets_beside(labels, stem, wanted or Wanted())
-        picture = overview_path(overview, image_stem(scan.path), len(scans))
+        picture = overview_path(overview, own, len(scans))
         jobs.append(Job(scan.path, targets, str(scan.path), picture, named=scan.named))
     return jobs
 
@@ -121,6 +122,19 @@ def overview_path(overview: Path | None, stem: str, n_scans: int) -> Path | None
     if overview.suffix.lower() != ".png":
         raise OutputError(f"{overview}: expected a name that ends in .png")
     return overview if n_scans == 1 else overview.with_name(f"{overview.stem}_{stem}{overview.suffix}")
+
+
+def _distinct_stems(paths: Sequence[Path]) -> list[str]:
+    """The stem of each file; where one repeats, after the names of as many parent folders as tell them apart."""
+    parents = [list(Path(os.path.abspath(path)).parent.parts[1:]) for path in paths]
+    stems = [image_stem(path) for path in paths]
+    while True:
+        count = Counter(stems)
+        repeated = [i for i, stem in enumerate(stems) if count[stem] > 1 and parents[i]]
+        if not repeated:
+            return stems
+        for i in repeated:
+            stems[i] = f"{parents[i].pop()}_{stems[i]}"
 
 
 def file_word(name: str) -> str:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +22,9 @@ from synthseg.outputs import WITHOUT_SURFACE, facts_of
 from synthseg.surfaces import structure_ids
 from synthseg.volume import image_suffix, load_volume
 
+if TYPE_CHECKING:
+    from synthseg.inference import Segmentation
+
 CHUNK = 1 << 20
 REPORT_MARK = b"<title>Segmentation report"
 # What makes another result of the same scan, and what messages call it.
@@ -32,6 +35,7 @@ MAKING = {
     "crop_mm": "--crop",
     "scheme": "scheme",
 }
+ROUNDED_ML = 0.00051  # what three decimals leave out
 MAX_DIFFERENT = 0.005  # of the labelled voxels: what another processor's rounding may change
 
 
@@ -146,6 +150,29 @@ def check_same(new: Path, old: Path) -> None:
         f"{old}: exists already, and differs from what this run makes (other options or another model, or it was "
         "edited), so that the missing outputs would not belong to it; use --overwrite, or another folder"
     )
+
+
+def is_row_of(row: Mapping[str, str | float], labels: np.ndarray, table: LabelTable, voxel_ml: float) -> bool:
+    """Whether a row of a table of volumes is that of a label map, by the volumes counted in it."""
+    from synthseg.reports.volumes import counted_ml
+
+    try:
+        return all(
+            abs(float(row[name]) - volume_ml) <= ROUNDED_ML
+            for name, volume_ml in counted_ml(labels, table, voxel_ml).items()
+        )
+    except (KeyError, ValueError):  # a column that is not there, or not a number
+        return False
+
+
+def with_labels(segmentation: Segmentation, path: Path, voxel_ml: float) -> Segmentation:
+    """The segmentation with the label map of a file, of which `check_same` has found that it may stay."""
+    from synthseg.reports.volumes import counted_ml
+
+    labels, table = np.asarray(nib.load(path).dataobj), segmentation.table
+    counted = counted_ml(labels, table, voxel_ml)
+    hard_ml = {name: counted.get(f"{name}_ml", ml) for name, ml in segmentation.hard_ml.items()}
+    return replace(segmentation, labels=labels, hard_ml=hard_ml)
 
 
 def without(job: Job, kept: Sequence[Path], scratch: Path) -> Job:

@@ -22,7 +22,7 @@ import numpy as np
 
 from synthseg.batch.claims import Claim, remove_leftovers
 from synthseg.batch.jobs import Job, Wanted
-from synthseg.batch.resume import check_same, existing, without
+from synthseg.batch.resume import check_same, existing, is_row_of, with_labels, without
 from synthseg.batch.volume_table import Row, VolumeTable
 from synthseg.errors import SynthSegError
 from synthseg.memory import as_shortage
@@ -63,7 +63,7 @@ class Settings:
 
     Attributes
     ----------
-    table : where volumes are collected; a scan without a row in it is not done.
+    table : where volumes are collected; a scan without a row of its label map in it is not done.
     report : whether each outcome carries an entry for the HTML report.
     overwrite : do again what is done already.
     color_folder : where colour tables go, if they are wanted; None: beside each label map.
@@ -216,9 +216,8 @@ class _Run:
                     return ready
             if not self.settings.overwrite:
                 there = existing(job, self.settings.wanted, self.table, self.settings.facts)
-                table = self.settings.table
-                if there.whole and (table is None or job.name in table):
-                    ready.outcome = self._skipped(job)
+                ready.outcome = self._skipped(job) if there.whole else None
+                if ready.outcome is not None:
                     ready.claim.release()
                     return ready
                 ready.kept = there.kept
@@ -232,22 +231,31 @@ class _Run:
         ready.read_s = time.perf_counter() - start
         return ready
 
-    def _skipped(self, job: Job) -> Outcome:
-        if self.settings.wanted.color_tables:
-            self._write_color_tables(self.settings.color_folder or job.targets.labels.parent, self.table)
-        row = self.settings.table.row(job.name) if self.settings.table is not None else None
+    def _skipped(self, job: Job) -> Outcome | None:
+        """The outcome of a scan whose files are all there; None if a table is wanted that has no row of its label map.
+
+        On another grid than the scan's (``--spacing``) a label map is not what a row counts: any row will do.
+        """
+        settings, row, volume, labels = self.settings, None, None, None
+        if settings.table is not None:
+            row = settings.table.row(job.name)
+            if row is None:
+                return None
+        if settings.wanted.spacing_mm is None and (settings.report or row is not None):
+            with suppress(SynthSegError):  # of a scan that cannot be read any more the row alone is known
+                volume = load_volume(job.source)
+                labels = np.asarray(nib.load(job.targets.labels).dataobj)
+                if row is not None and not is_row_of(row, labels, self.table, volume.voxel_ml):
+                    return None
+        if settings.wanted.color_tables:
+            self._write_color_tables(settings.color_folder or job.targets.labels.parent, self.table)
         entry = None
-        if self.settings.report:
+        if settings.report:
             from synthseg.reports.html_report import skipped_entry
 
-            entry = skipped_entry(job.name, row=row)
-            if self.settings.wanted.spacing_mm is None:
-                with suppress(SynthSegError):  # of a scan that cannot be read any more the row alone is shown
-                    volume = load_volume(job.source)
-                    labels = np.asarray(nib.load(job.targets.labels).dataobj)
-                    entry = skipped_entry(
-                        job.name, row=row, volume=volume, labels=labels, table=self.table, n_scans=self.n_scans
-                    )
+            entry = skipped_entry(
+                job.name, row=row, volume=volume, labels=labels, table=self.table, n_scans=self.n_scans
+            )
         return Outcome(job, "skipped", row=row, entry=entry)
 
     # ------------------------------------------------------------------------------------ network and writing
@@ -300,6 +308,8 @@ class _Run:
 
                 segmentation = relabelled(segmentation, self.settings.wanted.scheme)
             self._write_files(job, ready.kept, volume, segmentation)
+            if job.targets.labels in ready.kept and self.settings.wanted.spacing_mm is None:
+                segmentation = with_labels(segmentation, job.targets.labels, volume.voxel_ml)
             timings_s = {
                 "read": ready.read_s, **segmentation.timings_s, "write": time.perf_counter() - start
             }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +13,25 @@ import numpy as np
 
 from synthseg.batch.claims import held
 from synthseg.errors import OutputError
+from synthseg.inputs import place_of
 
 if TYPE_CHECKING:
     from synthseg.labels import LabelTable
 
 Row = Mapping[str, str | float]
+SUFFIXES = (".csv", ".tsv", ".txt")
+
+
+def check_name(path: Path) -> None:
+    """Raise OutputError unless the name is that of a table of text."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(f"{path}: expected a name that ends in .tsv (a table with tabs), .csv or .txt (with commas)")
 
 
 class VolumeTable:
     """One row per scan. Rows that are in the file stay, those of the same scan are replaced.
 
+    A scan may be named by any path to it; what is not the path of a file, such as the names of BIDS, stands for itself.
     Each change reads the file again and writes it whole, with a claim on it, so that nothing is lost when two runs
     share a table.
 
@@ -34,13 +44,10 @@ class VolumeTable:
     def __init__(self, path: Path, order: Sequence[str] = (), overwrite: bool = False) -> None:
         self.path = path
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        self._rank = {name: rank for rank, name in enumerate(order)}
+        self._rank = {_key(name): rank for rank, name in enumerate(order)}
         self._afresh = overwrite
         self._waiting: dict[str, Row] = {}
         self._known: dict[str, Row] = {} if overwrite else dict(self._read())
-
-    def __contains__(self, scan: str) -> bool:
-        return self.row(scan) is not None
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise OutputError unless rows with these columns can be added to the file."""
@@ -49,21 +56,21 @@ class VolumeTable:
 
     def row(self, scan: str) -> Row | None:
         """The row of a scan, or None if the file has none."""
-        if scan not in self._known and not self._afresh:
+        if _key(scan) not in self._known and not self._afresh:
             self._known = dict(self._read())
-        return self._known.get(scan)
+        return self._known.get(_key(scan))
 
     def add(self, row: Row) -> None:
         """Write a row, and those that could not be written before. Raises OutputError if that fails."""
         from synthseg.reports.volumes import write_volumes_csv
 
-        self._waiting[str(row["scan"])] = row
+        self._waiting[_key(str(row["scan"]))] = row
         with held(self.path):
             rows: dict[str, Row] = {} if self._afresh else dict(self._read())
-            for name, new in self._waiting.items():
-                rows[name] = new
+            for key, new in self._waiting.items():
+                rows[key] = new
             _check_columns(self.path, rows.values(), list(row))
-            write_volumes_csv(self.path, [rows[x] for x in sorted(rows, key=lambda name: self._rank.get(name, -1))])
+            write_volumes_csv(self.path, [rows[x] for x in sorted(rows, key=lambda key: self._rank.get(key, -1))])
         self._known, self._afresh = rows, False
         self._waiting.clear()
 
@@ -82,7 +89,11 @@ class VolumeTable:
                 f"{self.path}: exists already, and is not a table of volumes; "
                 "use --overwrite to replace it, or choose another name"
             )
-        return {line[0]: dict(zip(header, line, strict=True)) for line in rows}
+        return {_key(line[0]): dict(zip(header, line, strict=True)) for line in rows}
+
+
+def _key(scan: str) -> str:
+    return place_of(Path(scan)) if os.path.lexists(scan) else scan
 
 
 def _check_columns(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What all commands share: the program, its options, errors and exit codes.
 
-Exit codes: 0 all done, 1 some scans of a batch failed, 2 bad input or usage, 3 internal error. Messages go to
-stderr, one line per error; ``--debug`` adds the traceback. torch, monai and matplotlib are imported inside
+Exit codes: 0 all done, 1 some scans of a batch failed, 2 bad input or usage, 3 internal error, 130 Ctrl-C. Messages
+go to stderr, one line per error; ``--debug`` adds the traceback. torch, monai and matplotlib are imported inside
 the commands, so that help and usage errors come at once.
 """
 
@@ -22,6 +22,7 @@ from synthseg.errors import SynthSegError
 from synthseg.memory import as_shortage
 
 DEFAULT_MODEL = "siam16"
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="synthseg",
@@ -51,10 +52,9 @@ def run(arguments: Sequence[str]) -> int:
             if not debug:
                 warnings.simplefilter("ignore")
             code = app(args=list(arguments), prog_name="synthseg", standalone_mode=False)
+        if code == INTERRUPTED:
+            say("error: interrupted")
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        say("error: interrupted")
-        return 130
     except Exception as error:
         return report(error, debug)
 

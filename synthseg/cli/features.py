@@ -117,7 +117,7 @@ def _extract(
     if file_format and (output is None or (file_suffix(output) and not output.is_dir())):
         raise ConfigError(f"--format {file_format} is of files in a folder; name a folder with -o, or leave it out")
     suffix = f".{file_format or 'nii.gz'}"
-    targets = [] if output is None else target_files(scans, output, suffix, _one_file(inputs, scans))
+    targets = [] if output is None else target_files(scans, output, suffix, _one_file(scans))
     sources = [scan.path for scan in scans]
     check_files([*targets, *([picture] if picture is not None else [])], sources, overwrite)
     for scan in scans:
@@ -155,8 +155,8 @@ def _extract(
     raise typer.Exit(0 if not failed else failed[0] if len(scans) == 1 else 1)
 
 
-def _one_file(inputs: list[Path], scans: list[Scan]) -> bool:
-    return len(inputs) == len(scans) == 1 and scans[0].named
+def _one_file(scans: list[Scan]) -> bool:
+    return len(scans) == 1 and scans[0].named
 
 
 def _named(error: Exception, source: Path) -> Exception:

@@ -99,6 +99,7 @@ def segment(
 ) -> None:  # fmt: skip
     """Segment scans: each gets a label map on its own grid. What is done already is skipped."""
     from synthseg.batch.jobs import SPACING_LIMITS_MM, Wanted, check_jobs, parse_sizes
+    from synthseg.batch.volume_table import VolumeTable, check_name, columns_of
 
     if fast and robust:
         raise InputError("--fast and --robust exclude each other; choose one")
@@ -106,6 +107,8 @@ def segment(
         raise InputError(f"--mesh-format {mesh_format}: expected gii or stl")
     if report_file is not None and report_file.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{report_file}: expected a name that ends in .html")
+    if volumes is not None:
+        check_name(volumes)
     format_of_meshes: Literal["gii", "stl"] = "stl" if mesh_format == "stl" else "gii"
     spacing_mm: float | tuple[float, float, float] | None = None
     if spacing is not None and spacing != "model":
@@ -114,7 +117,11 @@ def segment(
     if preloaded is not None:
         spacing_mm = preloaded[0].voxel_size_mm
     crop_mm = None if crop is None else parse_sizes(crop, "--crop", CROP_LIMITS_MM)
-    meshes = tuple(dict.fromkeys(name.strip() for name in (mesh or "").split(",") if name.strip()))
+    by_key: dict[str, str] = {}
+    for name in (mesh or "").split(","):
+        if name.strip():
+            by_key.setdefault(name.strip().lower(), name.strip())
+    meshes = tuple(by_key.values())
     wanted = Wanted(
         posteriors, resampled, mask, stripped, meshes, format_of_meshes, color_tables, spacing_mm, scheme
     )  # fmt: skip
@@ -123,7 +130,6 @@ def segment(
 
     from synthseg.batch.resume import check_existing
     from synthseg.batch.run import Settings, run_jobs
-    from synthseg.batch.volume_table import VolumeTable, columns_of
     from synthseg.inference import Options
     from synthseg.outputs import check_targets, target_table
 
@@ -175,7 +181,10 @@ def segment(
                 codes[id(outcome.job)] = _finish(outcome, number[id(outcome.job)], debug)
 
             run_jobs(jobs, loaded, torch_device, options, settings, on_step, on_done)
-    except BaseException:  # interrupted: what is done is in the report all the same
+    except BaseException as error:  # what is done is in the report all the same
+        if not isinstance(error, Exception):
+            facts["interrupted"] = f"{sum(outcome.status != 'failed' for outcome in outcomes)} of {len(jobs)} done"
+            say(f"{facts['interrupted']}; the same command goes on")
         with suppress(SynthSegError):
             _write_report(report_file, jobs, outcomes, facts, str(torch_device), start)
         raise
@@ -218,7 +227,7 @@ def _plan(
     if not given:
         raise InputError("no scan was given; name files, folders or patterns, or use --from-list or --bids")
     found = find_scans(given)
-    one_file = len(given) == len(found) == 1 and found[0].named
+    one_file = len(found) == 1 and found[0].named
     return plan_jobs(found, output, overview, wanted, one_file)
 
 

@@ -68,17 +68,32 @@ def _between(mild: Any, full: Any, severity: float) -> Any:
 S = TypeVar("S", bound=Section)
 
 
-def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):  # the place in a list of sections
-            continue
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        annotation = next(iter(get_args(annotation)), annotation)  # that of each item of a list
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return list(model.model_fields)
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that a key of another one holds, or a list of it; None if it holds a value."""
+    field = model.model_fields.get(key)
+    annotation = field.annotation if field else None
+    annotation = next(iter(get_args(annotation)), annotation)  # that of each item of a list
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _paths_of(model: type[BaseModel], key: str) -> list[str]:
+    """Where a section or those inside it have a key, with dots."""
+    found = [key] if key in model.model_fields else []
+    for name in model.model_fields:
+        inside = _section(model, name)
+        found += [f"{name}.{path}" for path in _paths_of(inside, key)] if inside is not None else []
+    return found
+
+
+def _hint(model: type[BaseModel], location: Sequence[Any]) -> str:
+    """What may be meant by an unknown key: one of that name in another section, else the nearest in its own."""
+    own, key = model, str(location[-1])
+    for part in location[:-1]:
+        own = _section(own, str(part)) or own  # a number is the place in a list of sections
+    near = _paths_of(model, key) or difflib.get_close_matches(key, own.model_fields, n=1, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(f"'{path}'" for path in near) + "?"
+    return f"known keys: {', '.join(own.model_fields)}"
 
 
 def parse(model: type[S], record: Mapping[str, Any], where: str) -> S:
@@ -90,10 +105,7 @@ def parse(model: type[S], record: Mapping[str, Any], where: str) -> S:
         for item in error.errors():
             key = ".".join(map(str, item["loc"]))
             if item["type"] == "extra_forbidden":
-                known = _known_keys(model, item["loc"][:-1])
-                near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-                problems.append(f"unknown key '{key}', {hint}")
+                problems.append(f"unknown key '{key}', {_hint(model, item['loc'])}")
             else:
                 problems.append(f"{key}: {item['msg']} (got {item['input']!r})")
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None

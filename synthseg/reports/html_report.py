@@ -24,7 +24,7 @@ from synthseg.quality import Quality
 from synthseg.reports import plain
 from synthseg.reports.figures import Distribution, timing_bar
 from synthseg.reports.mosaic import WIDTH_PX, Mosaic, draw_mosaic
-from synthseg.reports.volumes import totals_ml, volume_row
+from synthseg.reports.volumes import counted_ml, volume_row
 from synthseg.volume import Volume, atomic_path
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def skipped_entry(
     if volume is not None and labels is not None and table is not None:
         mosaic = draw_mosaic(volume, labels, table, _width_px(n_scans))
         facts = _facts(volume)
-        volumes = volumes or _counted(labels, table, volume.voxel_ml)
+        volumes = volumes or counted_ml(labels, table, volume.voxel_ml)
     what = "segmented by an earlier run" + ("" if mosaic else "; its pictures were not drawn again")
     quality = _judgement(row or {})
     return ReportEntry(
@@ -211,14 +211,6 @@ def _judgement(row: Mapping[str, str | float]) -> Quality | None:
         score = math.nan
     passed = row["passed"] != "no"
     return Quality({}, score if math.isfinite(score) else None, () if passed else (FLAGGED_BEFORE,), passed)
-
-
-def _counted(labels: np.ndarray, table: LabelTable, voxel_ml: float) -> dict[str, float]:
-    ids, counts = np.unique(labels, return_counts=True)
-    found = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    hard_ml = {label.name: found.get(label.id, 0) * voxel_ml for label in table.labels}
-    named = {**totals_ml(hard_ml, table), **{name: hard_ml[name] for name in table.names[1:]}}
-    return {f"{name}{_HARD}": value for name, value in named.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- the page

@@ -46,6 +46,15 @@ def totals_ml(volumes_ml: Mapping[str, float], table: LabelTable) -> dict[str, f
     }
 
 
+def counted_ml(labels: np.ndarray, table: LabelTable, voxel_ml: float) -> dict[str, float]:
+    """The ``_ml`` columns of a row, counted in a label map."""
+    ids, counts = np.unique(labels, return_counts=True)
+    found = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    hard_ml = {label.name: found.get(label.id, 0) * voxel_ml for label in table.labels}
+    named = {**totals_ml(hard_ml, table), **{name: hard_ml[name] for name in table.names[1:]}}
+    return {f"{name}_ml": value for name, value in named.items()}
+
+
 def write_volumes_csv(path: str | Path, rows: Sequence[Mapping[str, str | float]]) -> None:
     """Write rows of one structure each, volumes with three decimals (0.001 ml = 1 mm³).
 

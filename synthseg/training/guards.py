@@ -1,11 +1,14 @@
-"""What keeps a run honest: a stop when the loss runs away, and algorithms whose results do not vary."""
+"""What keeps a run honest: a stop when the loss runs away, none within a step, and results that do not vary."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 
@@ -32,6 +35,34 @@ def follow(state: RunState, config: DivergenceConfig, loss: float, dice: float) 
     far = state.level > 0 and state.loss > config.factor * state.level  # of a loss below zero there is no "times"
     state.above = state.above + 1 if far else 0
     return 0 < config.steps <= state.above
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when what is inside is done, or when they come a second time."""
+    if threading.current_thread() is not threading.main_thread():  # signals are no business of other threads
+        yield
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if number in came:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        came.append(number)
+
+    try:
+        for number, handler in before.items():
+            if handler is not None:  # one that was not set by Python cannot be set again
+                signal.signal(number, wait)
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

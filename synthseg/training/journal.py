@@ -26,14 +26,14 @@ from synthseg.volume import write_text_atomically
 LOG_EVERY = 50
 
 
-def columns(figure: str, score: str) -> tuple[ProgressColumn, ...]:
+def columns(figure: str) -> tuple[ProgressColumn, ...]:
     """What the bar shows."""
     figures = f"loss {{task.fields[loss]:.3f}} {figure} {{task.fields[dice]:.3f}}"
     return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(f"{figures} best {score} {{task.fields[best]:.3f}}"),
+        TextColumn(f"{figures}{{task.fields[best]}}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -67,10 +67,11 @@ class Journal:
     ) -> None:
         self.active = active
         self.figure = figure
+        self.score = score
         if not active:
             return
         forget_after(folder / "log.csv", state.step)
-        self._bar = Progress(*columns(figure, score), console=Console(stderr=True))
+        self._bar = Progress(*columns(figure), console=Console(stderr=True))
         self._curves = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
         self._log = (folder / "log.csv").open("a")
         self._task = self._bar.add_task(
@@ -95,9 +96,10 @@ class Journal:
             self._log.close()
             self._curves.close()
 
-    @staticmethod
-    def _best(state: RunState) -> float:
-        return state.best if state.validations else 0.0
+    def _best(self, state: RunState) -> str:
+        """The best score so far; nothing before a validation has found one."""
+        found = any(math.isfinite(validation["mean"]) for validation in state.validations)
+        return f" best {self.score} {state.best:.3f}" if found else ""
 
     def step(self, state: RunState, last: bool, terms: Mapping[str, float] | None = None) -> None:
         """One more step is done; the figures of the state are running means, ``terms`` parts of this step's loss."""

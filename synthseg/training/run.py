@@ -32,7 +32,7 @@ from synthseg.labels import load_scheme
 from synthseg.networks.backbone import load_weights, weights_of
 from synthseg.networks.checkpoint import model_path, read_weights
 from synthseg.templates import expand, load_template
-from synthseg.training.guards import deterministic, follow
+from synthseg.training.guards import deterministic, follow, undisturbed
 from synthseg.training.journal import Journal
 from synthseg.training.launch import gather, launch, make_fabric
 from synthseg.training.optimiser import learning_rate_factor, make_optimiser
@@ -95,6 +95,7 @@ class Run(ABC, Generic[C, B]):
     plain : what is trained, with the names of its weights. network : the same, as devices share it; call this one.
     ema : the averaged weights of ``plain``, by name: what is validated and saved. Empty but in the first process.
     resuming : whether the run goes on from a saved state.
+    saved_step : that of the state in the run folder; None if this run has none there.
     model_name : the file that `run` returns. last_name : that of the weights of the last saved state.
     figure : what the second number of a step is called.
     score : what validation goes by.
@@ -130,6 +131,7 @@ class Run(ABC, Generic[C, B]):
         self.resuming = resume
         self.prepare()
         self.state = RunState()
+        self.saved_step: int | None = None
         self.file = StateFile(folder)
         saved = self._saved() if resume else None
         self.fabric = make_fabric(device, devices, nodes, config.precision)
@@ -225,6 +227,7 @@ class Run(ABC, Generic[C, B]):
 
     def _resume(self, tensors: Tensors, record: dict[str, Any], warning: str) -> None:
         self.state = RunState.from_record(record["state"])
+        self.saved_step = self.state.step
         steps = gather(self.fabric, self.state.step)
         if len(set(steps)) > 1:
             raise CheckpointError(
@@ -272,13 +275,14 @@ class Run(ABC, Generic[C, B]):
     def averaged(self) -> Iterator[None]:
         """The network has its averaged weights and is in evaluation mode, inside."""
         live = {k: v.detach().clone() for k, v in weights_of(self.plain).items()}
-        load_weights(self.plain, self.ema)
-        self.network.eval()
         try:
+            load_weights(self.plain, self.ema)
+            self.network.eval()
             yield
         finally:
-            self.network.train()
-            load_weights(self.plain, live)
+            with undisturbed():
+                self.network.train()
+                load_weights(self.plain, live)
 
     # -- work --------------------------------------------------------------------------------------------------------
     def step(self, batch: B) -> tuple[float, float]:
@@ -341,7 +345,7 @@ class Run(ABC, Generic[C, B]):
         return {}
 
     def run(self, until: int | None = None) -> Path:
-        """Train to step ``until`` (default: the recipe's last)."""
+        """Train to step ``until`` (default: the recipe's last). Interrupted between two steps, it saves its state."""
         config, state = self.config, self.state
         last = min(until or config.steps, config.steps)
         if self.is_main:
@@ -349,44 +353,78 @@ class Run(ABC, Generic[C, B]):
             write_text_atomically(self.folder / "config.json", config.model_dump_json(indent=2) + "\n")
         stream = self.stream(self.fabric.global_rank, self.fabric.world_size)
         journal_of = Journal(config, self.folder, state, self.is_main, self.figure_name(), self.score)
-        with deterministic(config.deterministic), journal_of as journal:
-            batches = loader(stream)
-            self.network.train()
-            saved = time.monotonic()
-            while state.step < last:
-                begun = time.monotonic()
-                batch = next(batches)
-                loss, figure = self.step(batch)
-                if follow(state, config.divergence, loss, figure):
-                    self._stop_at(
-                        batch,
-                        f"the loss has stayed above {config.divergence.factor:g} times its lowest value, "
-                        f"{state.level:.3g}, for {state.above} steps (a lower learning rate, with init from "
-                        f"{self.model_name}.safetensors, may mend it)",
-                    )
-                state.seconds += time.monotonic() - begun
-                journal.step(state, state.step == last, self.terms())
-                if self.is_main and (state.step % config.validate_every == 0 or state.step == last):
-                    self._validate_and_keep(journal)
-                due = state.step == last or (state.above == 0 and time.monotonic() - saved > config.checkpoint_every_s)
-                if self.is_main and due:  # a state whose loss has run away is not worth the place of a good one
-                    self.save()
-                    saved = time.monotonic()
-            self.fabric.barrier()
+        whole = True
+        try:
+            with deterministic(config.deterministic), journal_of as journal:
+                batches = loader(stream)
+                self.network.train()
+                saved = time.monotonic()
+                while state.step < last or state.to_validate:
+                    if not state.to_validate:
+                        begun = time.monotonic()
+                        batch = next(batches)
+                        with undisturbed():
+                            whole = False
+                            self._one_step(batch)
+                            state.seconds += time.monotonic() - begun
+                            journal.step(state, state.step == last, self.terms())
+                            state.to_validate = state.step % config.validate_every == 0 or state.step == last
+                            whole = True
+                    if self.is_main and state.to_validate:
+                        self._validate_and_keep(journal)
+                    state.to_validate = False
+                    late = time.monotonic() - saved > config.checkpoint_every_s
+                    if self.is_main and (state.step == last or (late and self._worth_saving())):
+                        self.save()
+                        saved = time.monotonic()
+                self.fabric.barrier()
+        except (KeyboardInterrupt, SystemExit):
+            if self.is_main:
+                self._interrupted(whole)
+            raise
         return self.folder / f"{self.model_name}.safetensors"
+
+    def _one_step(self, batch: B) -> None:
+        """A step, after which the run goes on only if its loss has not run away."""
+        state, limits = self.state, self.config.divergence
+        loss, figure = self.step(batch)
+        if follow(state, limits, loss, figure):
+            self._stop_at(
+                batch,
+                f"the loss has stayed above {limits.factor:g} times its lowest value, "
+                f"{state.level:.3g}, for {state.above} steps (a lower learning rate, with init from "
+                f"{self.model_name}.safetensors, may mend it)",
+            )
+
+    def _worth_saving(self) -> bool:
+        """A state whose loss has run away is not worth the place of a good one."""
+        return self.state.above == 0
+
+    def _interrupted(self, whole: bool) -> None:
+        """Save the state, unless the last step is not ``whole``, and say how to go on."""
+        if whole and self._worth_saving() and self.state.step not in (0, self.saved_step):
+            with undisturbed():
+                self.save()
+        if self.saved_step is None:
+            told = f"stopped; no state is in {self.folder}: begin again"
+        else:
+            told = f"stopped; step {self.saved_step} is saved in {self.folder}: the same command with --resume goes on"
+        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
 
     def _validate_and_keep(self, journal: Journal) -> None:
         """Validate, and write the best weights if they are, those of the first validation, and the report."""
         score = self.validate()
-        journal.validated(self.state)
-        first = len(self.state.validations) == 1
-        if not np.isfinite(score) or first or score >= self.state.best:
-            self.state.best = score if np.isfinite(score) else self.state.best
-            self.keep_best()
-        if self.state.step <= self.config.validate_every:
-            self.keep_early()
-        if self.config.report:
-            self.write_report()
+        with undisturbed():
+            journal.validated(self.state)
+            first = len(self.state.validations) == 1
+            if not np.isfinite(score) or first or score >= self.state.best:
+                self.state.best = score if np.isfinite(score) else self.state.best
+                self.keep_best()
+            if self.state.step <= self.config.validate_every:
+                self.keep_early()
+            if self.config.report:
+                self.write_report()
+            self.state.to_validate = False
 
     def keep_best(self) -> None:
         """The averaged weights have the best validation so far, or there is none."""
@@ -399,5 +437,6 @@ class Run(ABC, Generic[C, B]):
     def save(self) -> None:
         """Write the state, the last weights and the manifest."""
         self.save_state()
+        self.saved_step = self.state.step
         self.save_model(self.last_name)
         write_text_atomically(self.folder / "train.json", json.dumps(self.manifest(), indent=2) + "\n")

@@ -36,6 +36,7 @@ class RunState:
     validation, validations : the last one, and all with their step.
     loss, dice : running means over about 50 steps. level : the lowest of the loss so far, 0 before it is looked at.
     above : steps in a row that the loss has been far above its level.
+    to_validate : the validation after the last step is due, and not done.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class RunState:
     dice: float = 0.0
     level: float = 0.0
     above: int = 0
+    to_validate: bool = False
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RunState:

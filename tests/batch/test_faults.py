@@ -191,16 +191,20 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, expected: int, agai
     code, messages = finish(process)
     assert code == expected
     assert "Traceback" not in messages
+    assert ("error: interrupted" in messages.splitlines()) == (number == signal.SIGINT)
     done = names(out)
     assert 1 <= len(done) < 6
+    assert f"{len(done)} of 6 done; the same command goes on" in messages.splitlines()
     assert_whole(out)
     assert hidden(out) == []  # neither temporary files nor claims
     assert sorted(table(tmp_path / "v.csv")) == [name.replace("_seg", "") for name in done]
     assert html.read_text().count("s0.nii.gz") > 0  # what was done is in the report
+    assert re.search(rf"interrupted\W+.*{len(done)} of 6 done", html.read_text())
     code, messages = again(*wanted)
     assert code == 0
     assert f"{6 - len(done)} done, {len(done)} skipped" in messages
     assert len(table(tmp_path / "v.csv")) == 6
+    assert "of 6 done" not in html.read_text()
 
 
 # ---------------------------------------------------------------------------------------------- bad inputs

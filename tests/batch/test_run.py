@@ -1,5 +1,6 @@
 """The batch: what overlaps, what is held in memory, in which order scans end, and who does which."""
 
+import csv
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from synthseg.batch.run import Outcome, Settings, run_jobs
 from synthseg.batch.volume_table import VolumeTable
 from synthseg.errors import OutputError
 from synthseg.inference import Options
-from synthseg.inputs import find_scans
+from synthseg.inputs import Scan, find_scans
 from synthseg.outputs import facts_of, write_outputs
 from synthseg.volume import Volume, load_volume
 from tests.segmenting import Fake, Levels, files, write_scan
@@ -282,6 +283,50 @@ def test_a_surface_that_could_not_be_made_is_not_missing(tmp_path: Path) -> None
     assert dark.exists()
 
 
+def bright_ml(labels: Path) -> float:
+    return float((np.asarray(nib.load(labels).dataobj) == 7).sum() * 1.5 * 1.5 * 2 / 1000)
+
+
+def test_the_row_of_another_label_map_is_missing(tmp_path: Path) -> None:
+    """Two ways to segment into one table: a row counts as done only for the label map that it was counted in."""
+    jobs = make_jobs(tmp_path, 2)
+    others = plan_jobs([Scan(job.source) for job in jobs], tmp_path / "other")
+    cropped = Options(crop_mm=(12.0, 12.0, 12.0))
+
+    def again(jobs: list[Job], options: Options | None = None) -> tuple[list[str], list[str]]:
+        table = VolumeTable(tmp_path / "v.csv", [job.name for job in jobs])
+        outcomes = run_jobs(jobs, Fake(), options=options, settings=Settings(table=table, report=True))
+        lines = csv.DictReader((tmp_path / "v.csv").read_text().splitlines())
+        rows = [float(line["Bright_ml"]) for line in lines]
+        assert rows == pytest.approx([bright_ml(job.targets.labels) for job in jobs], abs=6e-4)
+        shown = [outcome.entry.volumes["Bright_ml"] for outcome in outcomes if outcome.entry is not None]
+        assert shown == pytest.approx(rows, abs=6e-4)
+        return statuses(outcomes), [f"{row:.3f}" for row in rows]
+
+    _, first = again(jobs)
+    before = [job.targets.labels.read_bytes() for job in jobs]
+    _, second = again(others, cropped)
+    assert first[0] != second[0]
+    assert again(jobs) == (["done", "done"], first)
+    assert [job.targets.labels.read_bytes() for job in jobs] == before
+    assert again(jobs) == (["skipped", "skipped"], first)
+    (tmp_path / "v.csv").unlink()
+    image = nib.load(jobs[0].targets.labels)  # in one voxel another processor rounds otherwise
+    data = np.asarray(image.dataobj).copy()
+    data[9, 9, 9] = 3
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), jobs[0].targets.labels)
+    assert again(jobs)[0] == ["done", "done"]
+    assert again(jobs)[0] == ["skipped", "skipped"]
+
+
+def test_any_row_will_do_for_a_label_map_on_another_grid(tmp_path: Path) -> None:
+    jobs = make_jobs(tmp_path, 1)
+    settings = Settings(Wanted(spacing_mm=2.0), VolumeTable(tmp_path / "v.csv"))
+    options = Options(keep_posteriors=True)
+    assert statuses(run_jobs(jobs, Fake(), options=options, settings=settings)) == ["done"]
+    assert statuses(run_jobs(jobs, Fake(), options=options, settings=settings)) == ["skipped"]
+
+
 # ----------------------------------------------------------------------------------------------------- claims
 
 
@@ -415,14 +460,44 @@ def test_a_table_is_shared_by_runs(tmp_path: Path) -> None:
     first.add({"scan": "a", "x_ml": 1.23456})
     second.add({"scan": "b,c", "x_ml": float("nan")})
     assert path.read_text() == 'scan,x_ml\na,1.235\n"b,c",n/a\nd,3.000\n'
-    assert "d" in first
-    assert "e" not in first
+    assert first.row("d") is not None
+    assert first.row("e") is None
     first.add({"scan": "a", "x_ml": 2.0})
     assert path.read_text().splitlines()[1] == "a,2.000"
     with pytest.raises(OutputError, match="other columns"):
         first.add({"scan": "a", "y_ml": 2.0})
     VolumeTable(path, overwrite=True).add({"scan": "z", "y_ml": 2.0})
     assert path.read_text() == "scan,y_ml\nz,2.000\n"
+
+
+def test_a_scan_has_one_row_by_whatever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "b.nii.gz").symlink_to(scan)  # a scan of its own, with outputs of its own
+    monkeypatch.chdir(tmp_path)
+    table = VolumeTable(tmp_path / "v.csv")
+    ways = ("in/a.nii.gz", "./in/a.nii.gz", "in/../in/a.nii.gz", str(scan), "link/a.nii.gz")
+    for number, name in enumerate(("sub-01/anat/sub-01_T1w.nii.gz", "in/b.nii.gz", *ways)):
+        table.add({"scan": name, "x_ml": float(number)})
+    rows = ["scan,x_ml", "sub-01/anat/sub-01_T1w.nii.gz,0.000", "in/b.nii.gz,1.000", "link/a.nii.gz,6.000"]
+    assert (tmp_path / "v.csv").read_text().splitlines() == rows
+    for known in (table, VolumeTable(tmp_path / "v.csv")):
+        assert [float((known.row(name) or {})["x_ml"]) for name in ways] == [6.0] * 5
+        assert known.row("sub-01/anat/sub-02_T1w.nii.gz") is None
+    jobs = plan_jobs([Scan(Path("in/a.nii.gz"))], tmp_path / "out")
+    (tmp_path / "v.csv").unlink()
+    for name, status in (("in/a.nii.gz", "done"), (str(scan), "skipped")):
+        settings = Settings(table=VolumeTable(tmp_path / "v.csv"))
+        assert statuses(run_jobs([replace(jobs[0], name=name)], Fake(), settings=settings)) == [status]
+
+
+def test_pictures_of_equal_names_are_told_apart_by_folders(tmp_path: Path) -> None:
+    names = ("s/p1/t1.nii.gz", "s/p2/t1.nii.gz", "s/p3/a/t1.nii.gz", "s/p4/a/t1.nii.gz", "s/p1/t2.nii.gz")
+    jobs = plan_jobs([Scan(tmp_path / name) for name in names], overview=tmp_path / "qc.png")
+    pictures = [job.overview.name for job in jobs if job.overview is not None]
+    assert pictures == ["qc_p1_t1.png", "qc_p2_t1.png", "qc_p3_a_t1.png", "qc_p4_a_t1.png", "qc_t2.png"]
+    first, second = plan_jobs([Scan(tmp_path / name) for name in ("a.nii", "a.nii.gz")], overview=tmp_path / "qc.png")
+    assert first.overview == second.overview  # nothing tells them apart: that of their label maps is refused
 
 
 def test_a_row_that_could_not_be_written_is_written_with_the_next(

@@ -1,6 +1,8 @@
 """The training loop: golden losses, resuming bit by bit, and what it refuses before it writes."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,94 @@ def test_resuming_is_going_on(optimiser: str, make_config: MakeConfig, tmp_path:
     assert all(torch.equal(a, second.ema[name]) for name, a in whole.ema.items())
     ours, theirs = (load_model(tmp_path / part / "last.safetensors").network for part in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+class Interrupted(Recorder):
+    """Gets a signal in the middle of its third step, or of its validation after the fourth."""
+
+    def __init__(self, *arguments: Any, number: signal.Signals, validating: bool, **options: Any) -> None:
+        self.number, self.validating = number, validating
+        super().__init__(*arguments, **options)
+
+    def compute(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.state.step == 2 and not self.validating:
+            signal.raise_signal(self.number)
+        return super().compute(batch)
+
+    def validate(self) -> float:
+        if self.validating:
+            signal.raise_signal(self.number)
+        return super().validate()
+
+
+@pytest.fixture
+def as_from_a_terminal() -> Any:
+    """What the command sets, and a shell that starts the tests in the background does not."""
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, frame: sys.exit(128 + number)}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(("validating", "step"), [(False, 3), (True, 4)])
+def test_an_interrupted_run_is_saved_after_the_step(
+    number: signal.Signals,
+    error: type[BaseException],
+    validating: bool,
+    step: int,
+    template_folders: dict[str, Path],
+    make_config: MakeConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out = {"validation_templates": [str(template_folders["other"])], "validation_contrasts": ["t1"]}
+    config = make_config(validate_every=4, **held_out)
+    whole = Recorder(config, tmp_path / "whole")
+    whole.run()
+    first = Interrupted(config, tmp_path / "parts", number=number, validating=validating)
+    with pytest.raises(error):
+        first.run()
+    assert first.state.step == step
+    told = capsys.readouterr().err
+    assert f"stopped; step {step} is saved in {tmp_path / 'parts'}: the same command with --resume goes on" in told
+    second = Recorder(config, tmp_path / "parts", resume=True)
+    second.run()
+    assert first.losses + second.losses == whole.losses
+    assert second.state.validations == whole.state.validations
+    assert all(torch.equal(a, second.ema[name]) for name, a in whole.ema.items())
+    assert (tmp_path / "parts" / "best.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
+def test_a_run_interrupted_before_its_first_step_leaves_no_state(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(make_config(), tmp_path)
+    monkeypatch.setattr("synthseg.training.run.loader", lambda stream: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert f"stopped; no state is in {tmp_path}: begin again" in capsys.readouterr().err
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
+def test_a_second_interruption_ends_the_step_and_saves_nothing_of_it(make_config: MakeConfig, tmp_path: Path) -> None:
+    class Impatient(Recorder):
+        def compute(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.state.step == 3:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return super().compute(batch)
+
+    trainer = Impatient(make_config(checkpoint_every_s=1e-3), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert len(trainer.losses) == 3
+    assert read_tensors(tmp_path / "state.safetensors")[1]["state"]["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_workers_do_not_change_a_run(make_config: MakeConfig, tmp_path: Path) -> None:

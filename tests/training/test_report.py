@@ -122,3 +122,18 @@ def test_the_bar_names_what_validation_goes_by(tmp_path: Path, capsys: pytest.Ca
     said = " ".join(capsys.readouterr().err.split())
     assert "best -loss" in said
     assert "-1.250" in said
+
+
+@pytest.mark.parametrize("found", [None, float("nan")])
+def test_the_bar_has_no_best_before_a_validation_has_found_one(
+    found: float | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = RunState(step=50, validations=[] if found is None else [validation(50, found)])
+    with Journal(TrainConfig(), tmp_path, state, active=True) as journal:
+        journal.step(state, last=True)
+    assert "best" not in capsys.readouterr().err
+    state.validations.append(validation(100, 0.25))
+    state.best = 0.25
+    with Journal(TrainConfig(), tmp_path, state, active=True) as journal:
+        journal.step(state, last=True)
+    assert "best dice 0.250" in " ".join(capsys.readouterr().err.split())
