@@ -140,13 +140,13 @@ def test_a_scan_that_fails_leaves_the_others_alone(
 
 
 def test_refused_before_anything_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scan = write_scan(tmp_path / "a.nii.gz")
+    scan, other = write_scan(tmp_path / "a.nii.gz"), write_scan(tmp_path / "b.nii.gz")
     out = tmp_path / "out.npz"
     cases: list[tuple[list[object], str]] = [
         ([scan], "nothing would be written"),
         (["-o", out], "no scan was given"),
         ([scan, "-o", tmp_path / "out.txt"], "expected a name that ends in"),
-        ([scan, scan, "-o", out], "expected a folder"),
+        ([scan, other, "-o", out], "expected a folder"),
         ([scan, "-o", out, "--levels", "-1,-9"], "no level -9"),
         ([scan, "-o", out, "--levels", "fine"], "expected whole numbers"),
         ([scan, "-o", out, "--pca", CHANNELS + 1], "6 channels"),
@@ -165,7 +165,7 @@ def test_refused_before_anything_is_written(model: Path, tmp_path: Path, capsys:
     for arguments, words in cases:
         assert features(model, *arguments) == 2, arguments
         assert words in error(capsys), arguments
-    assert names(tmp_path) == ["a.nii.gz"]
+    assert names(tmp_path) == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_files_that_exist_are_kept(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
