@@ -1,6 +1,6 @@
 """Seconds, peak memory and share of each step of `synthseg segment`, as a whole process, for modes and sizes of scan.
 
-    python benchmarks/bench_segment.py [SCAN ...] [--modes default fast robust] [--sizes 1 8 64] [--threads 2]
+    python benchmarks/bench_segment.py [SCAN ...] [--modes default fast robust] [--sizes 1 8 64 134] [--threads 2]
                                        [--package DIR] [--out FILE.json]
 
 Without a scan: the bundled Colin27, the same in the middle of 256 x 256 x 256 voxels of 1 mm, and with ``--sizes`` the
@@ -12,6 +12,7 @@ timed in its place, such as an older one.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -117,9 +118,12 @@ def main() -> None:
                 flush=True,
             )
     if options.out:
-        from synthseg.networks.checkpoint import load_model
+        from synthseg.networks.checkpoint import model_path
 
-        record = {"sha256": load_model(options.model).sha256, "threads": options.threads, "rows": rows}
+        own = (options.package or ROOT) / "synthseg" / "weights" / f"{options.model}.safetensors"
+        weights = own if own.is_file() else model_path(options.model)
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        record = {"sha256": digest, "threads": options.threads, "rows": rows}
         options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

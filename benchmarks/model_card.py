@@ -249,7 +249,7 @@ The whole command in a fresh process, {speed["threads"]} threads of a two-core C
 
 {table(["scan", "voxels", "mode", "seconds", "peak GB", "of them, seconds a step"], rows)}
 
-    python benchmarks/bench_segment.py --model {model.name} --modes default fast robust --sizes 1 8 64 \\
+    python benchmarks/bench_segment.py --model {model.name} --modes default fast robust --sizes 1 8 64 134 \\
         --out benchmarks/results/{model.name}_speed.json
 """
 
