@@ -44,7 +44,8 @@ class VolumeTable:
     def __init__(self, path: Path, order: Sequence[str] = (), overwrite: bool = False) -> None:
         self.path = path
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        self._rank = {_key(name): rank for rank, name in enumerate(order)}
+        self._keys: dict[str, str] = {}
+        self._rank = {self._key(name): rank for rank, name in enumerate(order)}
         self._afresh = overwrite
         self._waiting: dict[str, Row] = {}
         self._known: dict[str, Row] = {} if overwrite else dict(self._read())
@@ -56,15 +57,15 @@ class VolumeTable:
 
     def row(self, scan: str) -> Row | None:
         """The row of a scan, or None if the file has none."""
-        if _key(scan) not in self._known and not self._afresh:
+        if self._key(scan) not in self._known and not self._afresh:
             self._known = dict(self._read())
-        return self._known.get(_key(scan))
+        return self._known.get(self._key(scan))
 
     def add(self, row: Row) -> None:
         """Write a row, and those that could not be written before. Raises OutputError if that fails."""
         from synthseg.reports.volumes import write_volumes_csv
 
-        self._waiting[_key(str(row["scan"]))] = row
+        self._waiting[self._key(str(row["scan"]))] = row
         with held(self.path):
             rows: dict[str, Row] = {} if self._afresh else dict(self._read())
             for key, new in self._waiting.items():
@@ -89,11 +90,13 @@ class VolumeTable:
                 f"{self.path}: exists already, and is not a table of volumes; "
                 "use --overwrite to replace it, or choose another name"
             )
-        return {_key(line[0]): dict(zip(header, line, strict=True)) for line in rows}
+        return {self._key(line[0]): dict(zip(header, line, strict=True)) for line in rows}
 
-
-def _key(scan: str) -> str:
-    return place_of(Path(scan)) if os.path.lexists(scan) else scan
+    def _key(self, scan: str) -> str:
+        """What rows of one scan share; looked up once, as the table is read again for every scan."""
+        if scan not in self._keys:
+            self._keys[scan] = place_of(Path(scan)) if os.path.lexists(scan) else scan
+        return self._keys[scan]
 
 
 def _check_columns(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
