@@ -199,6 +199,10 @@ class Cascade(nn.Module):
         self.coarse = coarse.requires_grad_(False)
         self.fine = make_body(config.network, 1 + coarse.n_classes, coarse.n_classes)
         layers.replace(self.fine)
+        last = [layer for layer in self.fine.modules() if isinstance(layer, nn.Conv3d)][-1]
+        nn.init.zeros_(last.weight)  # it begins with what the coarse network says, and adds to that
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
         self.multiple = 2 * coarse.multiple
 
     def forward(self, image: torch.Tensor, cells: torch.Tensor | None = None) -> torch.Tensor:
@@ -209,8 +213,9 @@ class Cascade(nn.Module):
         with torch.no_grad():
             guess = self.coarse(functional.avg_pool3d(image, 2)).float().softmax(1)
             guess = functional.interpolate(guess, scale_factor=2, mode="trilinear")
-        seen = torch.cat([image, guess], 1)[(slice(None), slice(None), *window)]
-        return self.fine(seen.contiguous(memory_format=torch.channels_last_3d))
+        window = (slice(None), slice(None), *window)
+        seen = torch.cat([image, guess], 1)[window]
+        return guess[window].clamp_min(1e-4).log() + self.fine(seen.contiguous(memory_format=torch.channels_last_3d))
 
 
 def build(phase: Phase, config: TrainConfig, n_classes: int, before: nn.Module | None) -> nn.Module:
