@@ -10,8 +10,8 @@ contrasts with the default settings, the same images for every row, and, with ``
 (benchmarks/accuracy.py). The first template is that of the rows with one, the first six those of most rows.
 
 A row that is done is kept in the output file, and one that was stopped goes on from its last saved state. ``--rows``
-takes parts of names, so that several processes can share the work: every row has a file of its own in ``--work``, and
-each process writes and prints the table of all that are done.
+takes names, or parts of names, so that several processes can share the work: every row has a file of its own in
+``--work``, and each process writes and prints the table of all that are done.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def main() -> None:
     for name in ROWS:
         key = f"{name}, seed {options.seed}"
         file = options.work / f"{key.replace(' ', '_').replace(',', '')}_{length}.json"
-        if any(part in name for part in options.rows) and not file.exists():
+        wanted = any(part == name if part in ROWS else part in name for part in options.rows)
+        if wanted and not file.exists():
             write_text_atomically(file, json.dumps({key: score(name, options)}, indent=2) + "\n")
         found = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*_{length}.json"))]
         done = {k: row for record in found for k, row in record.items()}

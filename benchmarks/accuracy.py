@@ -49,6 +49,9 @@ COLIN_TISSUES = {
     "Skull": ({15}, {2}),
     "Scalp (head)": ({16}, {1}),
 }
+# Above it the tissue map and the templates mean the same by skull and scalp; below lie skull base, face and neck.
+COLIN_VAULT_MM = -15.0
+COLIN_VAULT = ("Skull", "Scalp (head)")
 COLIN_AAL = {
     "Hippocampus": ({12}, {37, 38}),
     "Caudate": ({9}, {71, 72}),
@@ -82,7 +85,8 @@ def rounded(scores: dict[str, float]) -> dict[str, float]:
 
 def real_scans(model: Model, scans: Path) -> dict[str, Any]:
     """Dice on Colin27 and on the OASIS scan."""
-    colin = segment(load_volume(scans / "colin27_t1.nii.gz"), model)
+    colin_t1 = load_volume(scans / "colin27_t1.nii.gz")
+    colin = segment(colin_t1, model)
     oasis = segment(load_volume(scans / "oasis_t1_stripped.nii.gz"), model)
 
     def ids(name: str) -> np.ndarray:
@@ -90,17 +94,28 @@ def real_scans(model: Model, scans: Path) -> dict[str, Any]:
 
     reference = ids("oasis_t1_stripped_aseg.nii.gz")
     head, brain = as_siam16(colin.labels, model.labels), as_siam16(oasis.labels, model.labels)
-    tissues = dice_table(head, ids("colin27_tissues.nii.gz"), COLIN_TISSUES)
+    by_others = ids("colin27_tissues.nii.gz")
+    tissues = dice_table(head, by_others, COLIN_TISSUES)
+    above = heights_mm(colin_t1) > COLIN_VAULT_MM
+    vault = dice_table(head[above], by_others[above], {name: COLIN_TISSUES[name] for name in COLIN_VAULT})
     nuclei = dice_table(head, ids("colin27_aal.nii.gz"), COLIN_AAL)
     aseg = dice_table(brain, reference, ASEG)
     sides = side_by_side(oasis.labels, reference, model.labels)
     return {
         "colin27_tissues": rounded(tissues),
+        "colin27_vault": rounded(vault),
         "colin27_aal": rounded(nuclei),
         "oasis_aseg": rounded({**aseg, "mean": float(np.mean(list(aseg.values())))}),
         **({"oasis_sides": rounded({**sides, "mean": float(np.mean(list(sides.values())))})} if sides else {}),
         "timings_s": {"colin27": rounded(colin.timings_s), "oasis": rounded(oasis.timings_s)},
     }
+
+
+def heights_mm(volume: Volume) -> np.ndarray:
+    """Height of each voxel, the third coordinate of RAS+ mm, (D, H, W)."""
+    i, j, k = np.ogrid[tuple(slice(n) for n in volume.data.shape)]
+    x, y, z, origin = volume.affine[2]
+    return np.asarray(x * i + y * j + z * k + origin)
 
 
 def as_siam16(labels: np.ndarray, table: LabelTable) -> np.ndarray:
@@ -194,7 +209,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
         **real_scans(model, options.data / "scans"),
     }
-    for key in ("colin27_tissues", "colin27_aal", "oasis_aseg", "oasis_sides"):
+    for key in ("colin27_tissues", "colin27_vault", "colin27_aal", "oasis_aseg", "oasis_sides"):
         if key in result:
             print_table(key, result[key])
     if options.held_out:

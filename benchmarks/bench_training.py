@@ -4,14 +4,16 @@
                                         [--out FILE.json]
 
 Each row adds one measure to the row above it and runs in a process of its own; the rows are gone through ``--rounds``
-times, and the best time of each counts, so that a disturbance of the machine does. Three steps are not timed. The
-generator's share is the part of a step in which the network waits for its image. The last rows are measures that were
-tried and are not taken; each is compared with the last row that is taken.
+times, and the best time of each counts, so that a disturbance of the machine does not. Three steps are not timed. The
+last column is the part of a step in which the network waits for its image. The last rows are not taken; each is to be
+compared with the last row that is taken: measures that did not help, and steps without a generator, which show what
+it costs where its process shares the cores with the network.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,17 +32,21 @@ class Setup:
 
     malloc: bool = False
     bf16: bool = False
+    gathered: bool = False  # loss by gather; else MONAI's Dice loss on one-hots, and PyTorch's cross-entropy
     cells: int = 0
     layers: bool = False
     workers: int = 0
     compiled: bool = False
+    repeated: bool = False  # one image for all steps
     optimiser: str = "muon"
+    fused: bool = True
 
 
 TAKEN: dict[str, Setup] = {"as the libraries come": Setup()}
 for _name, _change in {
     "malloc keeps its memory": {"malloc": True},
     "bfloat16": {"bf16": True},
+    "loss without one-hots": {"gathered": True},
     "two of eight voxels scored": {"cells": 2},
     "channels last, pointwise last layer": {"layers": True},
     "generator in a process of its own": {"workers": 1},
@@ -50,6 +56,8 @@ BEST = list(TAKEN.values())[-1]
 TRIED: dict[str, Setup] = {
     "torch.compile": replace(BEST, compiled=True),
     "AdamW, fused, for Muon": replace(BEST, optimiser="adamw"),
+    "AdamW, not fused, for Muon": replace(BEST, optimiser="adamw", fused=False),
+    "one image for all steps, no generator": replace(BEST, repeated=True, workers=0),
 }
 
 
@@ -80,6 +88,22 @@ def measure(setup: Setup, options: argparse.Namespace) -> dict[str, float]:
                 return backbone.depth_to_space(logits, factor)
             return logits.unflatten(1, (self.n_classes, factor**3)).index_select(2, cells)
 
+    if not setup.gathered:
+        from monai.losses import DiceLoss
+
+        soft_dice = DiceLoss(include_background=False, softmax=True, to_onehot_y=True)
+
+        def one_hot_losses(logits: Any, target: Any, groups: Any) -> tuple[Any, Any, Any]:
+            """For templates whose labels are classes of the network, one each."""
+            classes = groups.float().argmax(1)[target.long()]
+            image, truth = logits.float()[None], classes[None]
+            flat = (image.flatten(2)[..., None], truth.flatten(1)[:, None, :, None])
+            return soft_dice(*flat), nn.functional.cross_entropy(image, truth), torch.zeros(len(groups))
+
+        loop.dice_and_cross_entropy = one_hot_losses  # type: ignore[assignment,attr-defined]
+    if not setup.fused:
+        adamw = torch.optim.AdamW
+        torch.optim.AdamW = lambda *a, **k: adamw(*a, **{**k, "fused": False, "foreach": False})  # type: ignore
     if not setup.layers:
         backbone.layers.replace = lambda body: None  # type: ignore[assignment]
         loop.SegmentationNetwork = Plain  # type: ignore[misc,attr-defined]
@@ -101,6 +125,8 @@ def measure(setup: Setup, options: argparse.Namespace) -> dict[str, float]:
         trainer.network = torch.compile(trainer.network)  # type: ignore[assignment]
     assert isinstance(trainer.plain, nn.Module)
     batches = loader(SyntheticStream(config, trainer.templates, trainer.target))
+    if setup.repeated:
+        batches = itertools.repeat(next(batches))
     trainer.network.train()
     begun, waited, warm_s = 0.0, 0.0, 0.0
     started = time.perf_counter()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from synthseg.networks.feature_file import FeatureModel
     from synthseg.volume import Volume
 
-BIAS_MODEL: str | None = None  # the model that ships with a head for the bias field
+BIAS_MODEL = "bias-field"
 ENDING = "_unbiased"
 
 
@@ -29,7 +29,7 @@ def correct_bias(
         Path | None, typer.Option(metavar="NIFTI", help="Write the field of the one scan as well: OUT times it is IN.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A feature network with a head for the bias field.")
+        str, typer.Option(metavar="NAME|FILE", help="A feature network with a head for the bias field.")
     ] = BIAS_MODEL,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,

@@ -144,10 +144,14 @@ def _weights_folder() -> Path | None:
         return None
 
 
-def shipped_models() -> list[str]:
-    """Names of the models that ship."""
+def shipped_models(file_format: str = FORMAT) -> list[str]:
+    """Names of the models that ship: those that segment, or with ``FEATURE_FORMAT`` those for other tasks."""
     folder = _weights_folder()
-    return sorted(p.stem for p in folder.glob("*.safetensors")) if folder else []
+    found = []
+    for path in sorted(folder.glob("*.safetensors")) if folder else []:
+        with opened(path) as (_, record):
+            found += [path.stem] if record.get("format") == file_format else []
+    return found
 
 
 def model_path(name_or_path: str | Path) -> Path:
@@ -161,7 +165,7 @@ def model_path(name_or_path: str | Path) -> Path:
             return folder / f"{name_or_path}.safetensors"
     except OSError as error:  # a name that no file can have
         raise CheckpointError(f"{name_or_path}: cannot be read ({error.strerror}); check the path") from None
-    known = ", ".join(shipped_models()) or "none"
+    known = ", ".join(path.stem for path in sorted(folder.glob("*.safetensors"))) if folder else "none"
     raise CheckpointError(f"{name_or_path}: no such weights file and no such model; models that ship: {known}")
 
 
@@ -188,7 +192,8 @@ def _description(path: Path, record: dict[str, Any]) -> tuple[TrainConfig, Label
     """Config and label table of a record, within the limits of what can be run."""
     if record.get("format") == FEATURE_FORMAT:
         raise CheckpointError(
-            f"{path}: holds features, not a segmentation; train one on them: synthseg train RECIPE --from {path}"
+            f"{path}: holds features, not a segmentation; models that segment: {', '.join(shipped_models()) or 'none'};"
+            f" to train one on these features: synthseg train RECIPE --from {path}"
         )
     if record.get("format") != FORMAT:
         got = plain_text(ValueError(repr(record.get("format"))), 60)
