@@ -1,12 +1,12 @@
-"""A T1 image of any contrast, and a scan without its bias field: what the heads that ship do on heads they never saw.
+"""A scan without its bias field, and a T1 image of any contrast: what trained heads do on heads they never saw.
 
-    python benchmarks/image_tasks.py --data DIR [--held-out DIR ...] [--model synthesis] [--tasks TASK ...]
-                                     [--out FILE.json]
+    python benchmarks/image_tasks.py --data DIR [--model bias-field] [--out FILE.json]
+    python benchmarks/image_tasks.py --data DIR --tasks reconstruction --model FILE [--held-out DIR ...]
 
 reconstruction   Colin27's label map in four contrasts with the default artefacts, each turned into a T1 image by the
-                 whole of inference, and compared in the head with the real T1 scan of Colin27; ``--held-out`` maps
-                 likewise with the T1 image that the generator paints of them. Beside it the linear map of the
-                 intensities that is nearest to that very T1 image, which no tool can know
+                 whole of inference, and compared with the real T1 scan of Colin27 in the head and in the brain (CSF
+                 included); ``--held-out`` maps likewise with the T1 image that the generator paints of them. Beside
+                 it the linear map of the intensities that is nearest to that very T1 image, which no tool can know
 bias-field       the real scans in ``DIR/scans``, each multiplied with smooth fields: standard deviation of the
                  logarithm of what is left of the field in the head, where a method finds in the scan with the field
                  what it finds in the scan without, times the field (so that fields that a scan has itself count for no
@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,19 @@ from synthseg.config import FinetuneConfig, GeneratorConfig, parse  # noqa: E402
 from synthseg.generator.export import grid_affine  # noqa: E402
 from synthseg.generator.plan import sample_plan  # noqa: E402
 from synthseg.intensity import foreground  # noqa: E402
-from synthseg.labels import load_scheme  # noqa: E402
+from synthseg.labels import load_scheme, tissue_mask  # noqa: E402
 from synthseg.networks.feature_file import FeatureModel, load_features  # noqa: E402
 from synthseg.paths import data_dir  # noqa: E402
 from synthseg.representation.tasks import correct_bias, synthesize_t1  # noqa: E402
 from synthseg.templates import Template, expand, load_template  # noqa: E402
 from synthseg.training.scenes import painted  # noqa: E402
-from synthseg.training.tasks import make_task  # noqa: E402
+from synthseg.training.tasks import Pair, Task, make_task  # noqa: E402
 from synthseg.training.validation import whole_head  # noqa: E402
 from synthseg.volume import Volume, load_volume, write_text_atomically  # noqa: E402
 
 CONTRASTS = ("t1", "t2", "flair", "ct")
+BRAIN = ("gm", "wm", "csf", "ventricle", "thalamus", "pallidum", "putamen", "caudate", "accumbens", "amygdala",
+         "hippocampus", "brainstem")  # fmt: skip
 SCANS = ("oasis_t1_stripped", "colin27_t1", "t1_conformed", "t2w")
 FIELDS = 3  # on each scan: 0.15, 0.3 and 0.45 of the logarithm, nodes 60 to 120 mm apart
 N4_SHRINK = 4
@@ -75,18 +79,26 @@ def reconstruction(model: FeatureModel, templates: list[Template]) -> dict[str, 
     for t, template in enumerate(templates):
         for c, contrast in enumerate(CONTRASTS):
             plan = sample_plan(whole_head(base, contrast), template.name, template.table, 1848, 100 * t + c)
-            pair = task.pair(painted(template, plan))
+            scene = painted(template, plan)
+            pair = task.pair(scene)
             made, _ = synthesize_t1(Volume(pair.image[0].numpy(), grid_affine(plan)), model)
-            found = task.figures(torch.from_numpy(made)[None], pair)
-            linear = task.figures(task.baseline(pair), pair)
-            inside = pair.head.numpy()
-            found["correlation"] = float(np.corrcoef(made[inside], pair.target[0].numpy()[inside])[0, 1])
-            linear["correlation"] = abs(
-                float(np.corrcoef(pair.image[0].numpy()[inside], pair.target[0].numpy()[inside])[0, 1])
-            )
-            rows[f"{template.name}, {contrast}"] = {"network": rounded(found), "best linear map": rounded(linear)}
-            print(f"  {template.name} {contrast}: {rows[f'{template.name}, {contrast}']}", file=sys.stderr, flush=True)
+            result, row = torch.from_numpy(made)[None], {}
+            for where, labels in (("head", template.table.ids > 0), ("brain", tissue_mask(template.table, BRAIN))):
+                part = replace(pair, head=pair.head & torch.from_numpy(labels)[scene.labels.int()])
+                row[where] = {
+                    "network": compared(task, result, part),
+                    "best linear map": compared(task, task.baseline(part), part),
+                }
+            rows[f"{template.name}, {contrast}"] = row
+            print(f"  {template.name} {contrast}: {row}", file=sys.stderr, flush=True)
     return rows
+
+
+def compared(task: Task, image: torch.Tensor, pair: Pair) -> dict[str, float]:
+    """Error of a T1 image (1, D, H, W) where ``pair.head`` says, and its correlation with the target."""
+    found = task.figures(image, pair)
+    x, y = image[0][pair.head].numpy(), pair.target[0][pair.head].numpy()
+    return {name: round(value, 4) for name, value in {**found, "correlation": float(np.corrcoef(x, y)[0, 1])}.items()}
 
 
 def smooth_field(shape: tuple[int, ...], spacing_mm: np.ndarray, std: float, seed: int) -> np.ndarray:
@@ -99,7 +111,11 @@ def smooth_field(shape: tuple[int, ...], spacing_mm: np.ndarray, std: float, see
     return np.exp(log_field - log_field.mean()).astype(np.float32)
 
 
-def n4(volume: Volume, head: np.ndarray) -> np.ndarray:
+def found_by_network(model: FeatureModel, volume: Volume) -> np.ndarray:
+    return correct_bias(volume, model).field
+
+
+def n4(head: np.ndarray, volume: Volume) -> np.ndarray:
     import SimpleITK as sitk
 
     image, mask = sitk.GetImageFromArray(volume.data.astype(np.float32)), sitk.GetImageFromArray(head.astype(np.uint8))
@@ -119,8 +135,8 @@ def bias(model: FeatureModel, scans: Path) -> dict[str, Any]:
         floor, median = foreground(torch.from_numpy(np.ascontiguousarray(data)))
         head = data > floor + 0.3 * (median - floor)
         methods: dict[str, Callable[[Volume], np.ndarray]] = {
-            "network": lambda volume: correct_bias(volume, model).field,
-            "N4": lambda volume, head=head: n4(volume, head),
+            "network": partial(found_by_network, model),
+            "N4": partial(n4, head),
         }
         left: dict[str, list[float]] = {"nothing": []}
         seconds: dict[str, list[float]] = {}
@@ -143,16 +159,12 @@ def bias(model: FeatureModel, scans: Path) -> dict[str, Any]:
     return rows
 
 
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="synthesis")
+    parser.add_argument("--model", default="bias-field")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", nargs="*", default=[])
-    parser.add_argument("--tasks", nargs="+", default=["reconstruction", "bias-field"])
+    parser.add_argument("--tasks", nargs="+", default=["bias-field"], choices=["reconstruction", "bias-field"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

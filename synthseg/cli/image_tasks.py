@@ -43,7 +43,7 @@ def run_images(
     jobs: Sequence[tuple[Scan, Path]],
     also: Sequence[Path],
     task: str,
-    model: str,
+    model: str | None,
     work: Work,
     device: str,
     threads: int | None,
@@ -51,10 +51,14 @@ def run_images(
     debug: bool,
 ) -> None:
     """Do the work of each scan; ``also`` are further files that it writes. Ends the command with its exit code."""
-    from synthseg.errors import SynthSegError
+    from synthseg.errors import CheckpointError, SynthSegError
     from synthseg.representation.files import check_files
     from synthseg.volume import check_readable, load_volume
 
+    if model is None:
+        raise CheckpointError(
+            f"no model with a head for {task} ships; name one with --model; to make it: synthseg finetune --task {task}"
+        )
     check_files([*(target for _, target in jobs), *also], [scan.path for scan, _ in jobs], overwrite)
     for scan, _ in jobs:
         if scan.named or len(jobs) == 1:

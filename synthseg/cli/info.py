@@ -32,7 +32,6 @@ def info(debug: DebugOption = False) -> None:
 
 def _print_models() -> None:
     from synthseg.cli.correct_bias import BIAS_MODEL
-    from synthseg.cli.synthesize_t1 import T1_MODEL
     from synthseg.networks.checkpoint import FEATURE_FORMAT, load_model, shipped_models
     from synthseg.networks.feature_file import load_features
 
@@ -44,9 +43,8 @@ def _print_models() -> None:
         typer.echo(f"\n{model.name}{default}: {model.voxel_size_mm:g} mm, {len(model.labels)} labels, {model.sha256}")
         for label in model.labels.labels:
             typer.echo(f"  {label.id:5d}  {label.name}")
-    commands = {T1_MODEL: "synthesize-t1", BIAS_MODEL: "correct-bias"}
     for name in others:
         features = load_features(name, "cpu")
-        default = f" (default of {commands[name]})" if name in commands else ""
+        default = " (default of correct-bias)" if name == BIAS_MODEL else ""
         tasks = ", ".join(head["task"] for head in features.heads.values())
         typer.echo(f"\n{features.name}{default}: {features.voxel_size_mm:g} mm, {tasks}, {features.sha256}")

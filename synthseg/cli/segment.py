@@ -83,7 +83,9 @@ def segment(
     ] = None,
     scheme: Annotated[str | None, typer.Option(metavar="NAME|JSON", help="Write the ids of another scheme.")] = None,
     model: Annotated[str, typer.Option(metavar="NAME|FILE", help="A model or checkpoint.")] = DEFAULT_MODEL,
-    fast: Annotated[bool, typer.Option("--fast", help="A third less memory, a fifth less time; less accurate.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A third less memory, a fifth less time, less accurate.")
+    ] = False,
     robust: Annotated[bool, typer.Option("--robust", help="Mean of several looks at the scan: slower.")] = False,
     voxel_size: Annotated[
         float | None, typer.Option(metavar="MM", help="Voxel size that the network works at (0.75: small heads).")

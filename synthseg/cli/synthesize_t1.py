@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from synthseg.networks.feature_file import FeatureModel
     from synthseg.volume import Volume
 
-T1_MODEL = "t1-synthesis"
+T1_MODEL: str | None = None  # the model that ships with a head for reconstruction
 ENDING = "_t1synth"
 
 
@@ -26,7 +26,7 @@ def synthesize_t1(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A file for one scan, or a folder.")],
     model: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A feature network with a head for reconstruction.")
+        str | None, typer.Option(metavar="NAME|FILE", help="A feature network with a head for reconstruction.")
     ] = T1_MODEL,
     spacing: Annotated[
         str | None,
