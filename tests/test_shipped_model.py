@@ -67,10 +67,7 @@ def test_the_finer_network_agrees_with_the_coarser_one(
 
 
 def test_every_structure_of_a_real_head_has_a_plausible_volume(model: Model, colin: Segmentation) -> None:
-    """Wide bounds from adult anatomy, in ml; the sample is scaled to MNI space, which is a large head.
-
-    The thalamus is known to run into the midbrain (see the limits in the model card): its bound is not anatomy's.
-    """
+    """Wide bounds from adult anatomy, in ml; the sample is scaled to MNI space, which is a large head."""
     bounds = {
         "GM": (400, 1100), "WM": (350, 1000), "CSF": (100, 700), "Ventricular-CSF": (5, 120),
         "Cerebellar-GM": (60, 200), "Thalamus": (9, 30), "Pallidum": (1.5, 8), "Putamen": (6, 20),

@@ -17,6 +17,11 @@ from synthseg.errors import ConfigError
 from synthseg.labels import LabelTable
 from synthseg.networks import layers
 
+# What is as wide as the classes: the last layer of DynUNet and of SegResNet; of UNet the outermost upsampling block,
+# whose second convolution mixes the classes.
+MIXED = "body.model.2."
+CLASS_LAYERS = ("body.output_block.", "body.conv_final.2.", MIXED)
+
 
 def space_to_depth(image: torch.Tensor, factor: int) -> torch.Tensor:
     """(B, C, D, H, W) to (B, C * factor**3, D / factor, H / factor, W / factor)."""
@@ -166,27 +171,36 @@ def grown_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+def same_classes(one: LabelTable, other: LabelTable) -> bool:
+    """Whether the classes of both have the same ids and names, in the same order."""
+    return [(label.id, label.name) for label in one.labels] == [(label.id, label.name) for label in other.labels]
+
+
 @torch.no_grad()
 def with_classes(
     weights: Mapping[str, torch.Tensor], source: LabelTable, target: LabelTable
 ) -> dict[str, torch.Tensor]:
     """Weights whose last layer, for the classes of ``source``, is made one for those of ``target``.
 
-    Where the scheme of ``target`` says which class of ``source`` each of its labels is part of, the label starts as
-    an equal share of that class: left and right hippocampus as half of the hippocampus each, so that the new network
-    says of the old classes exactly what the old one said. Otherwise the last layer is left out, to start anew.
+    The same classes keep it. Where the scheme of ``target`` says which class of ``source`` each of its labels is part
+    of, the label starts as an equal share of that class: left and right hippocampus as half of the hippocampus each,
+    so that the new network says of the old classes exactly what the old one said. Otherwise the last layer is left
+    out, to start anew; so is the last block of a UNet, which mixes the classes.
     """
-    kept = {name: tensor for name, tensor in weights.items() if "output_block" not in name}
-    if any(source.name not in label.to or len(label.to[source.name]) != 1 for label in target.labels):
+    if same_classes(source, target):
+        return dict(weights)
+    last = {name: tensor for name, tensor in weights.items() if name.startswith(CLASS_LAYERS)}
+    kept = {name: tensor for name, tensor in weights.items() if name not in last}
+    mixed = any(name.startswith(MIXED) for name in last)
+    if mixed or any(source.name not in label.to or len(label.to[source.name]) != 1 for label in target.labels):
         return kept
     part_of = torch.from_numpy(target.mapping(source))
     share = torch.bincount(part_of, minlength=len(source))[part_of].float().log()
-    for name, tensor in weights.items():
-        if "output_block" in name:
-            classes = tensor.unflatten(0, (len(source), -1))[part_of].float()
-            if name.endswith("bias"):
-                classes = classes - share[:, None]
-            kept[name] = classes.flatten(0, 1)
+    for name, tensor in last.items():
+        classes = tensor.unflatten(0, (len(source), -1))[part_of].float()
+        if name.endswith("bias"):
+            classes = classes - share[:, None]
+        kept[name] = classes.flatten(0, 1)
     return kept
 
 

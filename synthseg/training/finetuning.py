@@ -251,9 +251,8 @@ class Finetuner(Run[FinetuneConfig, PairBatch]):
         found = {key.rpartition(".")[2]: named[key] for key in keys}
         if self.config.task == "segmentation":
             source = LabelTable.from_dict(described["labels"])
-            if source.ids.tolist() != self.target.ids.tolist():
-                last = with_classes({LAST + kind: tensor for kind, tensor in found.items()}, source, self.target)
-                found = {name.removeprefix(LAST): tensor for name, tensor in last.items()}
+            last = with_classes({LAST + kind: tensor for kind, tensor in found.items()}, source, self.target)
+            found = {name.removeprefix(LAST): tensor for name, tensor in last.items()}
         return own | {f"heads.{self.config.task}.{kind}": tensor for kind, tensor in found.items()}
 
     def stream(self, rank: int = 0, world: int = 1) -> PairStream:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import statistics
 import sys
 import tempfile
@@ -21,11 +20,13 @@ import numpy as np
 import torch
 from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 
-from synthseg.config import RunConfig, TrainConfig
+from synthseg.config import FinetuneConfig, RunConfig, TrainConfig
 from synthseg.errors import SynthSegError, TemplateError
 from synthseg.labels import LabelTable, load_scheme
 from synthseg.templates import Template, expand, load_template
+from synthseg.training.guards import deterministic
 from synthseg.training.optimiser import make_optimiser
+from synthseg.training.validation import scan_table
 
 if TYPE_CHECKING:
     from synthseg.training.run import Run
@@ -45,6 +46,7 @@ class Pace:
     memory_bytes : the most that this process has held (resident), templates and libraries included.
     render_bytes : how much of it came with drawing the first batch: about what each worker adds.
     device_bytes : the most that was allocated on a CUDA device.
+    scans_s : seconds to segment and score all real scans once, from the time of the first and their sizes.
     """
 
     render_s: float
@@ -53,18 +55,27 @@ class Pace:
     memory_bytes: int | None
     render_bytes: int
     device_bytes: int | None
+    scans_s: float = 0.0
 
     def step_s(self, workers: int) -> float:
         """Seconds a step; workers draw while the network computes."""
         return max(self.network_s, self.render_s / workers) if workers else self.network_s + self.render_s
 
     def seconds_to_finish(self, config: RunConfig, steps_done: int, held_out: int) -> float:
-        """Steps that are left, and validations: a rendering and a forward pass (a third of a step) each."""
+        """Steps that are left, and validations: all real scans, and for each held-out image about its part of a step.
+
+        An image is rendered once in each contrast, and takes a forward pass (a third of a step).
+        """
         left = max(0, config.steps - steps_done)
-        rendered = len(config.validation_contrasts) if isinstance(config, TrainConfig) else 1
-        validations = math.ceil(left / config.validate_every) * held_out * rendered
+        every = config.validate_every
+        validations = -(-config.steps // every) - steps_done // every if left else 0  # each multiple, and the last step
+        images = held_out
+        if isinstance(config, (TrainConfig, FinetuneConfig)):
+            images *= len(config.validation_contrasts)
+        if isinstance(config, FinetuneConfig):
+            images += len(config.validation_images)
         one = (self.render_s + self.network_s / 3) / config.batch_size
-        return left * self.step_s(config.workers) + validations * one
+        return left * self.step_s(config.workers) + validations * (images * one + self.scans_s)
 
 
 def peak_memory_bytes() -> int | None:
@@ -140,7 +151,7 @@ def throwaway(trainer: Run[Any, Any], folder: Path) -> Run[Any, Any]:
 
 
 def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: float = PATIENCE_S) -> Pace:
-    """Time a few real steps of a throwaway copy."""
+    """Time a few real steps of a throwaway copy, and the segmentation of one real scan if some are validated on."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     device = trainer.fabric.device
     cuda = device.type == "cuda"
@@ -148,9 +159,10 @@ def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: fl
     network_s: list[float] = []
     before = peak_memory_bytes() or 0
     render_bytes = 0
+    scans_s = 0.0
     begun = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with deterministic(trainer.config.deterministic), tempfile.TemporaryDirectory() as folder:
             double = throwaway(trainer, Path(folder))
             double.network.train()
             stream = double.stream()
@@ -169,6 +181,7 @@ def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: fl
                 network_s.append(time.monotonic() - rendered)
                 if time.monotonic() - begun > patience_s:
                     break
+            scans_s = _scans_s(double)
             device_bytes = torch.cuda.max_memory_allocated(device) if cuda else None
             del double
     finally:
@@ -182,7 +195,19 @@ def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: fl
         peak_memory_bytes(),
         max(0, render_bytes),
         device_bytes,
+        scans_s,
     )
+
+
+def _scans_s(trainer: Run[Any, Any]) -> float:
+    """Seconds to segment and score the real scans that a run validates on: measured on the first; time goes by size."""
+    scans = getattr(trainer, "scans", [])
+    if not scans:
+        return 0.0
+    trainer.network.eval()
+    start = time.monotonic()
+    scan_table(trainer.network, trainer.config, scans[:1], trainer.target, trainer.fabric.device)
+    return (time.monotonic() - start) * sum(scan.image.numel() for scan in scans) / scans[0].image.numel()
 
 
 def plan(trainer: Run[Any, Any], pace: Pace | None, why_not: str = "") -> list[str]:

@@ -17,11 +17,13 @@ from synthseg.errors import ConfigError
 from synthseg.generator.contrast import named_contrasts
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import (
+    CLASS_LAYERS,
     SegmentationNetwork,
     grown_names,
     load_weights,
     space_to_depth,
     transfer,
+    weights_of,
     with_classes,
 )
 from synthseg.networks.checkpoint import save_model
@@ -37,6 +39,11 @@ def check(config: TrainConfig, world: int = 1) -> None:
     """Refuse a recipe that cannot run on ``world`` devices, before any template is loaded."""
     check_grid(config, world)
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
+    if config.grow and config.network.architecture != "dynunet":
+        raise ConfigError(
+            f"grow: only a dynunet can have one finer level than the weights of init, got network.architecture "
+            f"{config.network.architecture}; leave out 'grow'"
+        )
     check_loss_weights(config)
     unknown = sorted(
         contrast
@@ -73,19 +80,19 @@ class Trainer(Run[TrainConfig, Batch]):
         return SyntheticStream(self.config, self.templates, self.target, self.state.step, rank, world)
 
     def start_from(self, weights: Tensors, record: dict[str, Any]) -> None:
-        """Take over the weights that fit. Raises ConfigError if most of the network would start anew."""
+        """Take over the weights that fit. Raises ConfigError if most of what knows no classes would start anew."""
         weights, source = as_segmentation_weights(weights, record)
-        same = source is not None and source.ids.tolist() == self.target.ids.tolist()
-        if source is not None and not same:  # the last layer means other classes, whatever its shape
+        if source is not None:  # other classes need another last layer, whatever its shape
             weights = with_classes(weights, source, self.target)
         _, fresh = transfer(self.plain, grown_names(weights) if self.config.grow else weights)
-        new = self.share_of_new(fresh)
-        if new > 0.5:
+        body = {k: v.numel() for k, v in weights_of(self.plain).items() if not k.startswith(CLASS_LAYERS)}
+        lost = sum(body.get(name, 0) for name in fresh) / sum(body.values())
+        if lost > 0.5:
             raise ConfigError(
-                f"init: of the weights of {self.config.init} only {1 - new:.0%} fit the recipe's network; use its "
+                f"init: of the weights of {self.config.init} only {1 - lost:.0%} fit the recipe's network; use its "
                 "architecture, channels and subpixel (and 'grow: true' for one finer level), or train without init"
             )
-        self.say_start(new)
+        self.say_start(self.share_of_new(fresh))
 
     def save_model(self, name: str) -> Path:
         """Write the averaged weights as a model for inference."""

@@ -19,8 +19,8 @@ from synthseg import rng
 from synthseg.config import PretrainConfig
 from synthseg.config.pretraining import SUPERVISED, ContrastConfig
 from synthseg.errors import ConfigError
-from synthseg.labels import load_scheme
-from synthseg.networks.backbone import load_weights, space_to_depth, transfer
+from synthseg.labels import LabelTable, load_scheme
+from synthseg.networks.backbone import load_weights, same_classes, space_to_depth, transfer
 from synthseg.networks.feature_file import as_feature_weights, save_features
 from synthseg.networks.features import FeatureNetwork
 from synthseg.training.contrastive import (
@@ -115,7 +115,7 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
         """Take over body and heads that fit. Raises ConfigError if most of the network would start anew."""
         given, heads = as_feature_weights(weights, record)
         labels = heads.get(SEGMENTATION, {}).get("labels")
-        if labels is None or [label["id"] for label in labels["labels"]] != self.target.ids.tolist():
+        if labels is None or not same_classes(LabelTable.from_dict(labels), self.target):
             given = {name: tensor for name, tensor in given.items() if not name.startswith(f"heads.{SEGMENTATION}.")}
         _, fresh = transfer(self.plain.features, given)
         new = self.share_of_new(fresh, self.plain.features)

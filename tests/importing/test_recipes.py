@@ -79,8 +79,60 @@ def test_a_bids_derivative(tmp_path: Path) -> None:
     assert set(found.maps) == {"sub-01_ses-a_desc-x", "sub-02_desc-x"}
     assert found.lut == tmp_path / "desc-x_dseg.tsv"
     write_map(tmp_path / "sub-02" / "anat" / "sub-02_desc-y_dseg.nii.gz")
-    with pytest.raises(TemplateError, match=r"several segmentations \(desc-x_dseg, desc-y_dseg\)"):
+    with pytest.raises(TemplateError, match=r"several segmentations \(desc-x_dseg, desc-y_dseg\).*--desc x or y$"):
         look(tmp_path)
+
+
+def fmriprep(folder: Path, *specifiers: str) -> Path:
+    """A derivative of two subjects, the first with two runs, with the segmentations that the specifiers name."""
+    for scan in ("sub-01_run-1", "sub-01_run-2", "sub-02"):
+        for specifier in specifiers:
+            write_map(folder / scan.split("_")[0] / "anat" / f"{scan}{specifier}_dseg.nii.gz")
+    return folder
+
+
+def test_a_bids_derivative_with_several_segmentations(tmp_path: Path) -> None:
+    fmriprep(tmp_path, "", "_desc-aseg", "_desc-aparcaseg")
+    for name in ("desc-aseg_dseg.tsv", "desc-aparcaseg_dseg.tsv"):
+        (tmp_path / name).write_text("index\tname\n2\tWhite\n3\tGrey\n")
+    kinds = r"\(desc-aparcaseg_dseg, desc-aseg_dseg, dseg\)"
+    with pytest.raises(
+        TemplateError, match=rf"several segmentations {kinds}; choose with --desc aparcaseg or aseg or none"
+    ):
+        look(tmp_path)
+    for desc in ("aseg", "desc-aseg"):
+        found = look(tmp_path, desc)
+        assert list(found.maps) == [f"{scan}_desc-aseg" for scan in ("sub-01_run-1", "sub-01_run-2", "sub-02")]
+        assert (found.lut, found.notes) == (tmp_path / "desc-aseg_dseg.tsv", ())
+    found = look(tmp_path, "none")
+    assert list(found.maps) == ["sub-01_run-1", "sub-01_run-2", "sub-02"]
+    assert found.lut is None
+    with pytest.raises(TemplateError, match=rf"no segmentation for --desc aparc {kinds}; choose with --desc"):
+        look(tmp_path, "aparc")
+    (tmp_path / "sub-01" / "anat" / "sub-01_run-2_desc-aseg_dseg.nii.gz").unlink()
+    assert look(tmp_path, "aseg").notes == ("no desc-aseg_dseg, left out: sub-01_run-2",)
+
+
+def test_space_and_resolution_decide_beside_desc(tmp_path: Path) -> None:
+    fmriprep(tmp_path, "", "_desc-aseg", "_space-MNI152NLin2009cAsym_res-2")
+    with pytest.raises(TemplateError, match=r"\(dseg, space-MNI152NLin2009cAsym_res-2_dseg\); link those of one kind"):
+        look(tmp_path, "none")
+    assert len(look(tmp_path, "aseg").maps) == 3
+    fmriprep(tmp_path / "t1w", "_space-T1w_desc-aseg", "_space-T1w_desc-x")
+    table = tmp_path / "t1w" / "desc-aseg_dseg.tsv"
+    for path in (table, table.with_name("dseg.tsv")):
+        path.write_text("index\tname\n2\tWhite\n3\tGrey\n")
+    assert look(tmp_path / "t1w", "aseg").lut == table
+    assert look(tmp_path / "t1w", "x").lut == table.with_name("dseg.tsv")
+
+
+def test_desc_is_refused_where_there_is_no_bids_derivative(tmp_path: Path) -> None:
+    file = write_map(tmp_path / "a.nii.gz")
+    for place in (tmp_path, file):
+        with pytest.raises(TemplateError, match=r"no BIDS derivative .*; leave out --desc aseg"):
+            look(place, "aseg")
+    with pytest.raises(TemplateError, match="no such folder"):
+        look(tmp_path / "nowhere", "aseg")
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every architecture of the configuration keeps one contract: (B, 1, D, H, W) to (B, classes, D, H, W)."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 from synthseg.config import NetworkConfig
 from synthseg.errors import ConfigError
-from synthseg.labels import load_scheme
+from synthseg.labels import Label, LabelTable, load_scheme
 from synthseg.networks.backbone import (
     SegmentationNetwork,
     depth_to_space,
     grown_names,
     load_weights,
+    same_classes,
     space_to_depth,
     transfer,
     weights_of,
@@ -204,9 +206,11 @@ def test_transfer_keeps_what_fits() -> None:
         assert torch.equal(tensor, before[name] if name in fresh else weights_of(source)[name])
 
 
-def test_finer_classes_start_as_equal_shares_of_the_old_ones() -> None:
+@pytest.mark.parametrize("architecture", ["dynunet", "segresnet"])
+def test_finer_classes_start_as_equal_shares_of_the_old_ones(architecture: Any) -> None:
     coarse, fine = load_scheme("siam16"), load_scheme("head45")
-    old, new = SegmentationNetwork(TINY, len(coarse)), SegmentationNetwork(TINY, len(fine))
+    config = TINY.model_copy(update={"architecture": architecture})
+    old, new = SegmentationNetwork(config, len(coarse)), SegmentationNetwork(config, len(fine))
     _, fresh = transfer(new, with_classes(weights_of(old), coarse, fine))
     assert fresh == []
     image = torch.rand(1, 1, *[2 * TINY.multiple] * 3)
@@ -217,6 +221,41 @@ def test_finer_classes_start_as_equal_shares_of_the_old_ones() -> None:
     left, right = fine.index_of[17], fine.index_of[53]
     torch.testing.assert_close(after[:, left], before[:, 12] / 2, rtol=0, atol=1e-5)
     torch.testing.assert_close(after[:, left], after[:, right])
+
+
+def renamed(table: LabelTable, *, related: bool = False) -> LabelTable:
+    """A table with the same ids in the same order, of other things."""
+    to = {table.name: (0,)} if related else {}
+    return LabelTable("other", tuple(replace(x, name=f"Part-{x.id}", to=to) for x in table.labels))
+
+
+@pytest.mark.parametrize(("architecture", "norm", "subpixel"), NETWORKS)
+def test_all_that_is_as_wide_as_the_classes_starts_anew_for_others(architecture: Any, norm: Any, subpixel: Any) -> None:
+    """Also where the number of classes stays, so that the shapes fit."""
+    three, five = (LabelTable("three", tuple(Label(i, f"L{i}") for i in range(n))) for n in (3, 5))
+    weights = weights_of(make(architecture, norm, subpixel))
+    config = NetworkConfig(architecture=architecture, norm=norm, subpixel=subpixel, channels=CHANNELS)
+    wider = weights_of(SegmentationNetwork(config, len(five)))
+    as_wide = {name for name, tensor in weights.items() if wider[name].shape != tensor.shape}
+    left_out = set(weights) - set(with_classes(weights, three, renamed(three)))
+    assert as_wide <= left_out
+    # with the block of UNet go the slope of its activation and the counter of its norm
+    assert all(weights[name].numel() == 1 for name in left_out - as_wide)
+    assert architecture == "unet" or left_out == as_wide
+    shares = set(weights) - set(with_classes(weights, three, renamed(three, related=True)))
+    assert shares == (left_out if architecture == "unet" else set())
+
+
+def test_the_same_classes_keep_the_last_layer() -> None:
+    siam = load_scheme("siam16")
+    weights = weights_of(SegmentationNetwork(TINY, len(siam)))
+    recoloured = LabelTable("mine", tuple(replace(x, color=(1, 2, 3), to={}) for x in siam.labels))
+    assert same_classes(siam, recoloured)
+    kept = with_classes(weights, siam, recoloured)
+    assert set(kept) == set(weights)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights.items())
+    assert not same_classes(siam, renamed(siam))
+    assert not same_classes(siam, LabelTable("mine", (*siam.labels[:2], siam.labels[3], siam.labels[2])))
 
 
 def test_classes_that_do_not_relate_start_anew() -> None:

@@ -1,9 +1,13 @@
 """A recipe that trains in seconds, for tests of the loop and for the scripts that they start."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +48,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def two_grids(template_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The tiny head, and every other voxel of it along each axis: other voxel size and other shape."""
+    folder = tmp_path_factory.mktemp("grids") / "tiny_half"
+    shutil.copytree(template_folders["head"], folder)
+    image = nib.load(folder / "labels.nii.gz")
+    ids = np.asarray(image.dataobj)[::2, ::2, ::2]
+    nib.save(nib.Nifti1Image(ids, image.affine @ np.diag([2, 2, 2, 1])), folder / "labels.nii.gz")
+    record = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(record | {"name": folder.name}))
+    return [str(template_folders["head"]), str(folder)]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,46 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
+def commands(launcher: str, recipe: Path, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """What is to be started for two processes, with its own environment variables: one command on each node."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    ours = [str(SCRIPT), str(recipe), str(folder)]
+    elastic = ["-m", "torch.distributed.run", "--nproc-per-node"]
+    meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {
+        "fabric": [([*ours, "2"], {})],
+        "torchrun": [([*elastic, "2", "--standalone", *ours, "2"], {})],
+        "torchrun on two nodes": [([*elastic, "1", *meeting, rank, *ours, "1", "2"], {}) for rank in "01"],
+        "by hand on two nodes": [([*ours, "1", "2"], address | {"NODE_RANK": rank}) for rank in "01"],
+    }[launcher]
+
+
+def started(launcher: str, recipe: Path, folder: Path) -> str:
+    """Run it to its end; returns what all processes have printed."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environment() | own,
+        )
+        for command, own in commands(launcher, recipe, folder)
+    ]
+    try:
+        told = [process.communicate(timeout=250) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "".join(errors[-3000:] for _, errors in told)
+    return "".join(text for text, _ in told)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+@pytest.mark.parametrize("launcher", ["fabric", "torchrun", "torchrun on two nodes", "by hand on two nodes"])
 def test_two_processes_are_one_with_twice_the_batch(
     launcher: str, make_config: Any, template_folders: dict[str, Path], tmp_path: Path, one_thread: None
 ) -> None:
@@ -55,12 +94,7 @@ def test_two_processes_are_one_with_twice_the_batch(
         optimiser__learning_rate=1e-4,
     )
     (tmp_path / "recipe.json").write_text(config.model_dump_json())
-    command = [sys.executable]
-    if launcher == "torchrun":
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SCRIPT), str(tmp_path / "recipe.json"), str(tmp_path / "two"), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=clean_environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = started(launcher, tmp_path / "recipe.json", tmp_path / "two")
     script().train(config, tmp_path / "one", 1)
     one, two = (load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
@@ -74,8 +108,8 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert len(list((tmp_path / "two").glob("events*"))) == 1
     # both processes stopped at the bad sample of the second, and the first wrote its plan
     # (two processes may write to one line)
-    assert sorted(re.findall(r"rank \d of 2(?= stopped)", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
-    assert re.search(r"rank 0 of 2 stopped: the loss is nan at step 3", done.stdout)
+    assert sorted(re.findall(r"rank \d of 2(?= stopped)", told)) == ["rank 0 of 2", "rank 1 of 2"]
+    assert re.search(r"rank 0 of 2 stopped: the loss is nan at step 3", told)
     assert [plan["index"] for plan in json.loads((tmp_path / "two" / "offending_plan.json").read_text())] == [7]
     # and one process goes on where two have stopped
     second = Trainer(config, tmp_path / "two", resume=True)

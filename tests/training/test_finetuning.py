@@ -19,6 +19,7 @@ from synthseg.networks.backbone import weights_of
 from synthseg.networks.checkpoint import load_model, read_tensors
 from synthseg.networks.feature_file import load_features, save_features
 from synthseg.networks.features import FeatureNetwork
+from synthseg.paths import data_dir
 from synthseg.training.finetuning import Finetuner, PairStream, check
 
 Make = Callable[..., FinetuneConfig]
@@ -111,6 +112,17 @@ def test_classes_of_another_scheme_start_from_their_parts(make: Make, features: 
     source = own["heads.segmentation.weight"].unflatten(0, (len(SIAM), -1))
     for label_id in (10, 49):  # both thalami
         assert torch.equal(weight[head.index_of[label_id]].half(), source[6])
+
+
+def test_the_same_ids_with_other_names_start_anew(make: Make, features: Path, tmp_path: Path) -> None:
+    renamed = json.loads((data_dir("schemes") / "siam16.json").read_text())
+    renamed["labels"][6]["name"] = "Another"
+    (tmp_path / "renamed.json").write_text(json.dumps(renamed))
+    run = Finetuner(make(task="segmentation", scheme=str(tmp_path / "renamed.json")), tmp_path / "run")
+    weight = weights_of(run.plain)["features.heads.segmentation.weight"].half()
+    own = read_tensors(features)[0]["heads.segmentation.weight"]
+    assert weight.shape == own.shape
+    assert not torch.equal(weight, own)
 
 
 def test_tasks_that_need_the_image_begin_at_their_baseline(

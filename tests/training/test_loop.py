@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -240,6 +241,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_plan(make_config: MakeConfig, 
         ({"validation_contrasts": ["t1", "t9"]}, "t9.*known"),
         ({"generator__shape": [8, 8, 8]}, r"\[8, 8, 8\] is a single voxel at the coarsest of 3 levels.*side 16"),
         ({"dice_weight": 0, "cross_entropy_weight": 0}, "nothing to learn: give dice_weight or cross_entropy_weight"),
+        ({"grow": True, "network__architecture": "unet"}, "grow: only a dynunet .* got network.architecture unet"),
     ],
 )
 def test_recipes_that_cannot_run_are_refused(
@@ -320,16 +322,62 @@ def test_init_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Pa
     assert [run["steps"] for run in fitting.manifest()["earlier"]] == [1]
 
 
+LAST = {"dynunet": "body.output_block.", "segresnet": "body.conv_final.2.", "unet": "body.model.2."}
+
+
+@pytest.fixture
+def own_classes(template_folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """A scheme and a template of one's own: the ids are those of siam16, what they mean is not."""
+    head, siam = load_scheme("head"), load_scheme("siam16")
+    labels = [{"id": x.id, "name": f"Part-{x.id}", "tissue": x.tissue} for x in siam.labels]
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "labels": labels}))
+    image = nib.load(template_folders["head"] / "labels.nii.gz")
+    ids = siam.ids[head.mapping(siam)[head.to_index(np.asarray(image.dataobj))]]
+    (tmp_path / "tiny_mine").mkdir()
+    nib.save(nib.Nifti1Image(ids.astype(np.uint16), image.affine), tmp_path / "tiny_mine" / "labels.nii.gz")
+    record = {"name": "tiny_mine", "scheme": str(tmp_path / "mine.json"), "derived": {}, "source": "a test"}
+    (tmp_path / "tiny_mine" / "labels.json").write_text(json.dumps(record | {"labels": {}}))
+    return {"scheme": str(tmp_path / "mine.json"), "templates": [str(tmp_path / "tiny_mine")]}
+
+
+@pytest.mark.parametrize("architecture", sorted(LAST))
 def test_other_classes_get_a_new_last_layer(
+    architecture: str, own_classes: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Their number and their ids are the same: what they mean is in their names."""
+    network = {"network__architecture": architecture, "network__channels": [8, 16, 32]}
+    Trainer(make_config(**network), tmp_path / "a").run(until=1)
+    model = tmp_path / "a" / "last.safetensors"
+    other = Trainer(make_config(init=str(model), seed=1, **own_classes, **network), tmp_path / "b")
+    torch.manual_seed(1)
+    random = weights_of(other.make_network())
+    old, new = read_tensors(model)[0], weights_of(other.plain)
+    last = {name for name in new if name.startswith(LAST[architecture])}
+    assert last
+    assert "100%" not in other.start
+    for name, tensor in new.items():
+        expected = random[name] if name in last else old[name].float()
+        assert torch.equal(tensor, expected), name
+    kernels = [name for name in last if new[name].ndim == 5]
+    assert kernels
+    assert not any(torch.equal(new[name], old[name].float()) for name in kernels)
+    assert np.isfinite(other.step(other.stream().batch(0))[0])
+
+
+def test_classes_that_are_parts_of_the_old_ones_keep_the_last_layer_in_shares(
     template_folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     Trainer(make_config(), tmp_path / "a").run(until=1)
     model = str(tmp_path / "a" / "last.safetensors")
     heads = [str(template_folders["head"])]
     other = Trainer(make_config(init=model, scheme="head", templates=heads), tmp_path / "b")
-    old, new = read_tensors(Path(model))[0], weights_of(other.plain)
-    name = next(name for name in new if "bottleneck" in name)
-    torch.testing.assert_close(new[name].detach(), old[name].float())
+    assert "100% of the weights" in other.start
+    name = "body.output_block.conv.conv.weight"
+    old, new = read_tensors(Path(model))[0][name].float(), weights_of(other.plain)[name]
+    head, siam = other.target, load_scheme("siam16")
+    for label_id in (10, 49):  # both thalami
+        part = new.unflatten(0, (len(head), -1))[head.index_of[label_id]]
+        assert torch.equal(part, old.unflatten(0, (len(siam), -1))[siam.names.index("Thalamus")])
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -364,6 +412,20 @@ def test_starting_from_another_model(make_config: MakeConfig, tmp_path: Path) ->
     expected = dict(load_model(first).network.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in second.plain.named_parameters())
     assert all(torch.equal(second.ema[name], p) for name, p in second.plain.named_parameters())
+
+
+def test_templates_of_other_voxel_size_and_shape_train_together(
+    two_grids: list[str], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A step on each alone, and one on both in one batch."""
+    trainer = Recorder(make_config(templates=two_grids, batch_size=2), tmp_path)
+    stream = trainer.stream()
+    kinds = {frozenset(plan.template for plan in batch.plans): batch for batch in map(stream.batch, range(12))}
+    assert len(kinds) == 3
+    for batch in kinds.values():
+        trainer.step(batch)
+    assert np.isfinite(trainer.losses).all()
+    assert trainer.manifest()["templates"] == ["tiny", "tiny_half"]
 
 
 def test_validation_of_a_perfect_and_a_blind_network(

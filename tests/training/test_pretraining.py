@@ -17,6 +17,7 @@ from synthseg.labels import load_scheme
 from synthseg.networks.backbone import weights_of
 from synthseg.networks.checkpoint import load_model, read_tensors
 from synthseg.networks.feature_file import load_features
+from synthseg.paths import data_dir
 from synthseg.training.contrastive import LOSSES, Voxels
 from synthseg.training.guards import follow
 from synthseg.training.loop import Trainer
@@ -239,6 +240,15 @@ def test_pretraining_starts_from_a_segmentation(make: Make, make_config: Any, tm
     assert torch.equal(new[name], old[name].float())
     other = Pretrainer(make(init=str(model), segmentation_weight=1.0, scheme="head"), tmp_path / "c")
     assert len(weights_of(other.plain.features)["heads.segmentation.weight"]) == 8 * len(load_scheme("head"))
+    renamed = json.loads((data_dir("schemes") / "siam16.json").read_text())
+    renamed["labels"][6]["name"] = "Another"  # the same ids say other classes: their head begins anew
+    (tmp_path / "renamed.json").write_text(json.dumps(renamed))
+    again = Pretrainer(
+        make(init=str(model), segmentation_weight=1.0, scheme=str(tmp_path / "renamed.json")), tmp_path / "e"
+    )
+    assert not torch.equal(
+        weights_of(again.plain.features)["heads.segmentation.weight"], new["heads.segmentation.weight"]
+    )
     for width in (12, 512):  # large projections, which are always new, do not make up for a body that does not fit
         term = {**TERM, "hidden": width}
         with pytest.raises(ConfigError, match="of the weights"):

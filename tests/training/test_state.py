@@ -164,10 +164,13 @@ def test_other_scans_to_validate_on_are_another_run(make_config: Any, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(0, 5), (1, 2)])
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
-    make_config: Any, template_folders: dict[str, Path], tmp_path: Path
+    workers: int, kills: int, make_config: Any, template_folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    """With a worker too; one that outlived its run would keep the output open, and the test would run out of time."""
     config = make_config(
+        workers=workers,
         steps=30,
         validate_every=7,
         validation_templates=[str(template_folders["other"])],
@@ -177,10 +180,10 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     )
     (tmp_path / "recipe.json").write_text(config.model_dump_json())
     script = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(tmp_path), "5", "3"]
+    command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(tmp_path), str(kills), "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) >= 3, done.stdout  # killed before the end
+    assert int(done.stdout.split()[0]) > kills / 2, done.stdout  # killed before the end
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = dict(line.split() for line in (whole / "losses.txt").read_text().splitlines())
     taken = [line.split() for line in (killed / "losses.txt").read_text().splitlines()]

@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,3 +86,22 @@ def test_targets_are_the_rendered_labels(make: Any) -> None:
 
 def test_another_seed_is_another_stream(make: Any) -> None:
     assert not same(next(loader(make())), next(loader(make(seed=1))))
+
+
+def test_templates_of_other_voxel_size_and_shape_share_a_batch(make: Any, two_grids: list[str]) -> None:
+    """Each is drawn at its own size: undeformed, it fills in the image the volume that it has in space."""
+    still = {"rotation_deg": 0, "scaling": 0, "shear": 0, "translation_mm": 0, "svf_std_mm": 0, "flip_probability": 0}
+    whole = {"crop_probability": 0, "strip_probability": 0}
+    grid = {"shape": [24, 28, 32], "voxel_size_mm": 2.0, "subsamples": 4}
+    stream = make(generator={**grid, "deform": still, "artefacts": whole})
+    stream.templates = [load_template(path) for path in two_grids]
+    stream.tables = stream.tables[:2]
+    fine, coarse = stream.templates
+    assert tuple(fine.labels.shape) != tuple(coarse.labels.shape)
+    np.testing.assert_allclose(coarse.spacing_mm, 2 * np.array(fine.spacing_mm))
+    volumes = {t.name: int((t.labels > 0).sum()) * float(np.prod(t.spacing_mm)) for t in stream.templates}
+    batch = next(b for b in map(stream.batch, range(20)) if len({plan.template for plan in b.plans}) == 2)
+    assert batch.images.shape == (2, 1, 24, 28, 32)
+    for plan, target in zip(batch.plans, batch.targets, strict=True):
+        drawn = int((target > 0).sum()) * 2.0**3
+        assert drawn == pytest.approx(volumes[plan.template], rel=0.05), plan.template

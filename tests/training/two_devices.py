@@ -1,6 +1,6 @@
 """Train on several processes, and save what a test needs to compare with one process. See test_devices.py.
 
-python two_devices.py RECIPE.json FOLDER DEVICES
+python two_devices.py RECIPE.json FOLDER DEVICES [NODES]
 """
 
 import sys
@@ -17,7 +17,7 @@ from synthseg.training.loop import Trainer
 STEPS = 3
 
 
-def train(config: TrainConfig, folder: Path, devices: int) -> Trainer:
+def train(config: TrainConfig, folder: Path, devices: int, nodes: int = 1) -> Trainer:
     """Three steps; the first process leaves the gradients of each in ``folder/gradients.safetensors``."""
     found: dict[str, torch.Tensor] = {}
 
@@ -27,7 +27,7 @@ def train(config: TrainConfig, folder: Path, devices: int) -> Trainer:
             found[f"{self.state.step}.loss"] = torch.tensor([loss, dice])
             return loss, dice
 
-    trainer = Recorder(config, folder, "cpu", devices=devices)
+    trainer = Recorder(config, folder, "cpu", devices=devices, nodes=nodes)
 
     def keep(*_: Any) -> None:
         for name, p in trainer.plain.named_parameters():
@@ -41,15 +41,15 @@ def train(config: TrainConfig, folder: Path, devices: int) -> Trainer:
     return trainer
 
 
-def main(recipe: str, out: str, devices: str) -> None:
+def main(recipe: str, out: str, devices: str, nodes: str = "1") -> None:
     torch.set_num_threads(1)
     config = TrainConfig.model_validate_json(Path(recipe).read_text())
-    trainer = train(config, Path(out), int(devices))
-    rank = trainer.fabric.global_rank
+    trainer = train(config, Path(out), int(devices), int(nodes))
+    rank, world = trainer.fabric.global_rank, int(devices) * int(nodes)
     from synthseg.training.stream import SyntheticStream
 
-    batch = SyntheticStream(config, trainer.templates, trainer.target, STEPS, rank, int(devices)).batch(STEPS)
-    if rank == int(devices) - 1:
+    batch = SyntheticStream(config, trainer.templates, trainer.target, STEPS, rank, world).batch(STEPS)
+    if rank == world - 1:
         batch.images.fill_(float("nan"))  # the samples of one process are bad: all stop
     try:
         trainer.step(batch)
