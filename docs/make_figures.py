@@ -1,4 +1,4 @@
-"""Draw the figures of the generator's pages in docs/images, all from the phantom that ships.
+"""Draw the figures of the generator's pages in docs/images, all from the phantom that ships, and that of `colin27`.
 
     python docs/make_figures.py [NAME ...] [--out FOLDER]
 
@@ -23,11 +23,16 @@ from synthseg.generator.anomalies import for_plan, with_anomalies
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.generator.views import render_views, sample_views
-from synthseg.templates import Template, load_template
+from synthseg.labels import LabelTable, load_scheme
+from synthseg.paths import data_dir
+from synthseg.reports.mosaic import PLANES, bounding_box, grey_window, take_slice
+from synthseg.templates import Template, load_template, read_label_map, read_record
+from synthseg.volume import canonical, load_volume
 
 VOXEL_MM, SHAPE = 1.5, [120, 152, 144]
 LARGEST_BYTES = 195_000
 AXIAL, CORONAL, SAGITTAL = 2, 1, 0
+COLIN27_MM, COLIN27_SCALE = (4.0, -5.0, 8.0), 1.5  # where its slices lie, axial, coronal, sagittal; pixels a mm
 GAP = 3
 CONTRASTS = ("t1", "t2", "flair", "pd", "ct", "random")
 QUIET = {"strip_probability": 0.0, "crop_probability": 0.0, "lowres_probability": 0.0, "noise_std": [0.0, 0.02]}
@@ -308,7 +313,44 @@ def generator_grid(template: Template) -> Image.Image:
     return mosaic(rows)
 
 
+def legend(table: LabelTable, indices: Sequence[int], height: int) -> Image.Image:
+    """Name and colour of some classes, one below the other."""
+    sheet = Image.new("RGB", (140, height), "black")
+    pen = ImageDraw.Draw(sheet)
+    for number, index in enumerate(indices):
+        top = 10 + number * (height - 10) // len(indices)
+        pen.rectangle((8, top, 22, top + 14), fill=tuple(table.colors[index].tolist()))
+        pen.text((30, top + 7), table.names[index], fill="white", font=font(13), anchor="lm")
+    return sheet
+
+
+def template_colin27(_: Template) -> Image.Image:
+    """Three slices of the T1, and below them the label map in its colours; left of the picture is left of the head."""
+    folder = data_dir("templates") / "colin27"
+    table = load_scheme(read_record(folder)["scheme"])
+    scan = canonical(load_volume(data_dir("samples") / "colin27_t1.nii.gz"))
+    indices = table.to_index(read_label_map(folder / "labels.nii.gz").data)
+    box = bounding_box(indices > 0, scan.spacing_mm)
+    low, high = grey_window(scan.data)
+    rows: list[list[Image.Image | tuple[str, Image.Image]]] = [[], []]
+    for (plane, axis, _across, _up, _sides), world in zip(PLANES, COLIN27_MM, strict=True):
+        position = round((world - scan.affine[axis, 3]) / scan.spacing_mm[axis])
+        image, classes = (take_slice(data, axis, position, box)[::-1] for data in (scan.data, indices))
+        panel, colored = grey((image - low) / (high - low)), Image.fromarray(table.colors[classes].astype(np.uint8))
+        size = (round(COLIN27_SCALE * panel.width), round(COLIN27_SCALE * panel.height))
+        rows[0].append(panel.resize(size, Image.Resampling.BICUBIC))
+        rows[1].append((f"{plane}, {'xyz'[axis]} = {world:g} mm", colored.resize(size, Image.Resampling.NEAREST)))
+    present = [index for index in range(len(table)) if index and (indices == index).any()]
+    for row, part in zip(rows, (present[: len(present) // 2], present[len(present) // 2 :]), strict=True):
+        row.append(legend(table, part, 300))
+    palette = Image.new("P", (1, 1))  # few enough colours that saving merges no two classes
+    levels = [level for level in range(0, 256, 4) for _ in range(3)]
+    palette.putpalette([*levels, *table.colors[present].flatten().tolist()])
+    return mosaic(rows).quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
+
+
 FIGURES: dict[str, Callable[[Template], Image.Image]] = {
+    "template_colin27": template_colin27,
     "generator_grid": generator_grid,
     **{name: (lambda template, rows=rows: effects(template, rows)) for name, rows in EFFECTS.items()},
     "contrast_kinds": kinds,

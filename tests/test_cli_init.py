@@ -131,6 +131,99 @@ def test_init_from_freesurfer_keeps_the_names_of_subjects(tmp_path: Path) -> Non
     assert yaml.safe_load((sixteen / "recipe.yaml").read_text())["scheme"] == "siam16"
 
 
+def write_bids(folder: Path, *specifiers: str) -> Path:
+    """A BIDS derivative of four subjects, one with two sessions, and the table of its segmentations."""
+    for i, scan in enumerate(("sub-01", "sub-02_ses-a", "sub-02_ses-b", "sub-03", "sub-04")):
+        anat = folder.joinpath(*scan.split("_"), "anat")
+        anat.mkdir(parents=True)
+        for specifier in specifiers:
+            data = np.where(head_map(i) == 6, 4, head_map(i))
+            nib.save(nib.Nifti1Image(data, np.diag([8.0, 7.5, 9.0, 1.0])), anat / f"{scan}{specifier}_dseg.nii.gz")
+    table = "index\tname\tcolor\n1\tSkin\t#ff0000\n2\tLeft-Grey\n3\tRight-Grey\n4\tWhite\n5\tCSF\n"
+    (folder / "dseg.tsv").write_text(table)
+    return folder
+
+
+def test_init_from_a_bids_derivative(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = write_bids(tmp_path / "maps", "")
+    out = tmp_path / "mine"
+    assert run(["init", str(out), "--templates", str(maps)]) == 0
+    said = capsys.readouterr().err
+    assert f"{maps}: BIDS derivative, 5 of them" in said
+    assert "made from dseg.tsv" in said
+    held_out, names = os.listdir(out / "held_out"), os.listdir(out / "templates")
+    assert sorted(held_out + names) == ["sub-01", "sub-02_ses-a", "sub-02_ses-b", "sub-03", "sub-04"]
+    assert {name.split("_")[0] for name in held_out}.isdisjoint(name.split("_")[0] for name in names)
+    template = load_template(out / "templates" / "sub-01")
+    assert template.table.names == ["Background", "Skin", "Left-Grey", "Right-Grey", "White", "CSF"]
+    assert template.table[1].color == (255, 0, 0)
+    assert template.table[2].partner == 3
+    np.testing.assert_array_equal(np.unique(template.labels), range(6))
+    record = json.loads((out / "templates" / "sub-01" / "labels.json").read_text())
+    assert record["source"] == os.path.join("sub-01", "anat", "sub-01_dseg.nii.gz")
+    config = load_recipe(str(out / "recipe.yaml"), [])
+    assert (config.name, config.scheme) == ("mine", str(out / "scheme.json"))
+    sixteen = tmp_path / "sixteen"
+    assert run(["init", str(sixteen), "--templates", str(maps), "--classes", "siam16"]) == 0
+    assert load_recipe(str(sixteen / "recipe.yaml"), []).scheme == "siam16"
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_init_from_charm_keeps_the_names_of_subjects(
+    with_table: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.array([0, 5, 2, 2, 1, 3, 7])[head_map()]  # CHARM's scalp, grey and white matter, CSF and compact bone
+    for subject in ("ernie", "bert"):
+        folder = tmp_path / "study" / f"m2m_{subject}"
+        folder.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(ids.astype(np.uint16), np.diag([8.0, 7.5, 9.0, 1.0])), folder / "final_tissues.nii.gz")
+        if with_table:
+            lines = (
+                "#No. Label Name: R G B A",
+                "1 WM 230 230 230 255",
+                "2 GM 129 129 129 255",
+                "3 CSF 104 163 255 255",
+            )
+            lines += ("5 Scalp 255 239 179 255", "7 Compact_bone 255 138 57 255", "500 Saline_or_gel 25 35 45 255")
+            (folder / "final_tissues_LUT.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "study" / "m2m_unfinished").mkdir()
+    out = tmp_path / "charm"
+    assert run(["init", str(out), "--templates", str(tmp_path / "study")]) == 0
+    said = capsys.readouterr().err
+    assert "no final_tissues.nii.gz, left out: m2m_unfinished" in said
+    assert sorted(os.listdir(out / "templates")) == ["bert", "ernie"]
+    template = load_template(out / "templates" / "ernie")
+    assert template.table.ids.tolist() == [0, 1, 2, 3, 5, 7]
+    white, grey = ("WM", "GM") if with_table else ("White-Matter", "Gray-Matter")
+    assert template.table.names == ["Background", white, grey, "CSF", "Scalp", "Compact_bone"]
+    assert [label.tissue for label in template.table.labels] == ["air", "wm", "gm", "csf", "skin", "bone_cortical"]
+    record = json.loads((out / "templates" / "ernie" / "labels.json").read_text())
+    assert record["source"] == os.path.join("m2m_ernie", "final_tissues.nii.gz")
+    assert load_recipe(str(out / "recipe.yaml"), []).scheme == str(out / "scheme.json")
+    alone = tmp_path / "alone"  # the folder of one subject, and the 16 structures
+    subject = tmp_path / "study" / "m2m_ernie"
+    assert run(["init", str(alone), "--templates", str(subject), "--classes", "siam16"]) == 0
+    assert os.listdir(alone / "templates") == ["ernie"]
+    assert load_recipe(str(alone / "recipe.yaml"), []).scheme == "siam16"
+
+
+def test_init_chooses_among_the_segmentations_of_fmriprep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = write_bids(tmp_path / "maps", "", "_desc-aseg", "_desc-aparcaseg")
+    out = tmp_path / "mine"
+    assert run(["init", str(out), "--templates", str(maps)]) == 2
+    assert "choose with --desc aparcaseg or aseg or none" in one_error(capsys)
+    assert not out.exists()
+    scans = ("sub-01", "sub-02_ses-a", "sub-02_ses-b", "sub-03", "sub-04")
+    for desc, suffix in (("aseg", "_desc-aseg"), ("none", "")):
+        out = tmp_path / desc
+        assert run(["init", str(out), "--templates", str(maps), "--desc", desc]) == 0
+        names = os.listdir(out / "held_out") + os.listdir(out / "templates")
+        assert sorted(names) == [f"{scan}{suffix}" for scan in scans]
+        template = load_template(out / "templates" / f"sub-01{suffix}")
+        assert template.table.names == ["Background", "Skin", "Left-Grey", "Right-Grey", "White", "CSF"]
+        assert load_recipe(str(out / "recipe.yaml"), []).name == desc
+
+
 def test_init_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     maps = str(write_maps(tmp_path / "maps", 2))
     names = tmp_path / "names.txt"

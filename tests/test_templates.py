@@ -1,6 +1,9 @@
 """What import derives from the maps, and what the Colin27 template promises."""
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
@@ -199,3 +202,194 @@ def test_colin27_has_one_nucleus_a_side(colin27: np.ndarray) -> None:
         left, right = (half.sum() for half in halves)
         assert abs(left - right) < 0.2 * (left + right) / 2
         assert not (colin27[90] == index).any()
+
+
+# ------------------------------------------------------------------------------- how the Colin27 template is made
+
+MIDDLE, VAULT_Z = 32, 17  # of the small head: its middle plane, and the lowest plane of its vault
+
+
+def load_rules() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_colin27", data_dir("templates") / "colin27" / "make_colin27.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_colin27_breaks_no_promise(colin27: np.ndarray) -> None:
+    assert load_rules().problems(colin27) == []
+
+
+@pytest.fixture(scope="module")
+def rules() -> ModuleType:
+    """`make_colin27.py` with the planes of the small head below, whose surfaces are more curved than a real one's."""
+    module = load_rules()
+    module.MIDPLANE, module.BASE_Z, module.CANAL_Z, module.ROUGHEST = MIDDLE, VAULT_Z - 1, 6, 0.1
+    return module
+
+
+def ball(x: float, y: float, z: float, radius: float) -> np.ndarray:
+    i, j, k = np.ogrid[:65, :73, :63]
+    return (i - MIDDLE - x) ** 2 + (j - 36 - y) ** 2 + (k - 31 - z) ** 2 < radius**2
+
+
+def small_head() -> np.ndarray:
+    """Soft tissue, bone, fluid and brain in shells of 1 mm voxels, with ventricle, cerebellum and nuclei; no dura."""
+    labels = np.zeros((65, 73, 63), np.uint8)
+    for radius, index in ((30, HEAD), (26, SKULL), (22, CSF), (20, GM), (17, WM)):
+        labels[ball(0, 0, 0, radius)] = index
+    labels[ball(0, 0, 3, 4)] = VENTRICLE
+    labels[ball(0, -10, -11, 5)] = CEREBELLAR_GM
+    for number, index in enumerate(range(THALAMUS, DURA)):
+        angle = 2 * np.pi * number / 7
+        for side in (-8, 8):
+            labels[ball(side, 10 * np.cos(angle), 10 * np.sin(angle), 3.5)] = index
+    return labels
+
+
+def t1_of(labels: np.ndarray) -> np.ndarray:
+    """Fluid dark, white matter bright, as in the scan."""
+    means = np.full(17, 80.0, np.float32)
+    means[[AIR, CSF, VENTRICLE, WM, SKULL]] = 5, 45, 45, 109, 20
+    return means[labels]
+
+
+def mended(rules: ModuleType, labels: np.ndarray, t1: np.ndarray | None = None) -> np.ndarray:
+    likely = np.zeros((17, *labels.shape), np.float32)
+    likely[WM] = 1  # where the fluid is bright
+    return rules.mend(labels, t1_of(labels) if t1 is None else t1, likely)
+
+
+@pytest.fixture(scope="module")
+def clean(rules: ModuleType) -> np.ndarray:
+    return mended(rules, small_head())
+
+
+def test_rules_keep_a_head_and_add_dura(rules: ModuleType, clean: np.ndarray) -> None:
+    drawn = small_head()
+    assert rules.problems(clean) == []
+    assert set(np.unique(drawn[clean == DURA]).tolist()) == {CSF}
+    same = (clean == drawn) | (clean == DURA)
+    assert [index for index in range(17) if (drawn == index).any() and same[drawn == index].mean() < 0.9] == []
+
+
+def hole_in_the_skull(labels: np.ndarray) -> None:
+    labels[(labels == SKULL) & ball(0, 0, 24, 3)] = CSF
+
+
+def hole_in_the_base(labels: np.ndarray) -> None:
+    labels[(labels == SKULL) & ball(0, 14, -20, 3)] = HEAD
+
+
+def thin_skin(labels: np.ndarray) -> None:
+    labels[(labels == HEAD) & ~ball(0, 0, 0, 27)] = AIR
+
+
+def islands(labels: np.ndarray) -> None:
+    labels[ball(-28, 0, 0, 2)] = GM
+    labels[ball(0, 0, 15, 2)] = HEAD
+    labels[2:4, 2:4, 2:4] = SKULL
+
+
+def brain_on_bone(labels: np.ndarray) -> None:
+    labels[(labels == CSF) & ball(14, 0, 14, 8)] = GM
+
+
+def broken_nucleus(labels: np.ndarray) -> None:
+    labels[ball(8, 10, 0, 1)] = WM
+    labels[ball(0, 10, 4, 2)] = THALAMUS
+
+
+def sealed_sinus(labels: np.ndarray) -> None:
+    labels[ball(0, 26, 0, 2)] = AIR
+
+
+@pytest.mark.parametrize(
+    ("damage", "broken"),
+    [
+        (hole_in_the_skull, "the vault of the skull has a gap"),
+        (hole_in_the_base, "open the base of the skull"),
+        (thin_skin, "of the vault lie under less than two voxels of soft tissue"),
+        (islands, "label 1 is in 2 pieces; label 15 is in 2 pieces; label 16 is in 2 pieces"),
+        (brain_on_bone, "of skull touch the brain"),
+        (broken_nucleus, "nucleus 6 crosses the middle"),
+        (sealed_sinus, "the air is in 2 pieces"),
+    ],
+)
+def test_rules_mend_a_drawn_head(rules: ModuleType, damage: Callable[[np.ndarray], None], broken: str) -> None:
+    labels = small_head()
+    damage(labels)
+    assert broken in "; ".join(rules.problems(labels))
+    assert rules.problems(mended(rules, labels)) == []
+
+
+def test_rules_find_what_is_bright_in_the_fluid(rules: ModuleType) -> None:
+    labels = small_head()
+    fornix = ball(0, 3, 5, 2.5)
+    t1 = t1_of(labels)
+    t1[fornix] = 100
+    assert set(np.unique(labels[fornix]).tolist()) == {WM, VENTRICLE}
+    assert set(np.unique(mended(rules, labels, t1)[fornix]).tolist()) == {WM}
+
+
+def thin_bone(labels: np.ndarray) -> None:
+    inner = ndimage.binary_dilation((labels != SKULL) & ball(0, 0, 0, 24), ANY)
+    labels[(labels == SKULL) & ~inner & ball(0, 0, 25, 4)] = HEAD
+
+
+def bare_bone(labels: np.ndarray) -> None:
+    labels[(labels == HEAD) & ball(0, 0, 28, 4)] = AIR
+
+
+def dura_on_the_brain(labels: np.ndarray) -> None:
+    labels[(labels == CSF) & ball(14, 0, 14, 6)] = DURA
+
+
+def holed_nucleus(labels: np.ndarray) -> None:
+    labels[MIDDLE + 8, 46, 31] = WM
+
+
+def rough_skin(labels: np.ndarray) -> None:
+    """Every other 2 x 2 column of the skin's outermost voxel is gone."""
+    i, j = np.ogrid[:65, :73]
+    rim = (labels == HEAD) & ndimage.binary_dilation(labels == AIR)
+    labels[rim & ((i // 2 + j // 2) % 2 == 0)[:, :, None]] = AIR
+
+
+@pytest.mark.parametrize(
+    ("damage", "broken"),
+    [
+        (hole_in_the_skull, "the vault of the skull has a gap"),
+        (thin_bone, "of the vault are bone of less than two voxels"),
+        (hole_in_the_base, "open the base of the skull"),
+        (bare_bone, "of the vault lie under less than two voxels of soft tissue"),
+        (dura_on_the_brain, "of dura touch the brain"),
+        (holed_nucleus, "nucleus 6 has holes of 1 voxels"),
+        (rough_skin, "the head is rough"),
+    ],
+)
+def test_a_map_that_breaks_a_promise_is_found(
+    rules: ModuleType, clean: np.ndarray, damage: Callable[[np.ndarray], None], broken: str
+) -> None:
+    labels = clean.copy()
+    damage(labels)
+    assert broken in "; ".join(rules.problems(labels))
+
+
+def test_a_map_that_breaks_a_promise_is_not_written(
+    rules: ModuleType, clean: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "draw", lambda: (clean, clean, clean, np.eye(4)))
+    monkeypatch.setattr("sys.argv", ["make_colin27.py", "--out", str(tmp_path / "out")])
+    holed = clean.copy()
+    hole_in_the_skull(holed)
+    monkeypatch.setattr(rules, "mend", lambda *drawn: holed)
+    with pytest.raises(SystemExit, match="not written: the vault of the skull has a gap"):
+        rules.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(rules, "mend", lambda *drawn: clean)
+    rules.main()
+    np.testing.assert_array_equal(nib.load(tmp_path / "out" / "labels.nii.gz").dataobj, clean)
+    assert read_record(tmp_path / "out")["scheme"] == "siam16"

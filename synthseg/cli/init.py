@@ -36,6 +36,10 @@ def init(
     voxel_size: Annotated[
         float | None, typer.Option("--voxel-size", min=0.1, metavar="MM", help="Voxel size of the network.")
     ] = None,
+    desc: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a BIDS derivative, the maps with desc-NAME; none: those without."),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Look at label maps, import them, and write a commented recipe that fits them."""
@@ -55,7 +59,7 @@ def init(
         trained = read_weights(file)[1]["config"]
         grid = {key: trained["generator"][key] for key in ("voxel_size_mm", "shape")}  # that of features has more
         base = (name, parse(TrainConfig, {"network": trained["network"], "generator": grid}, str(file)))
-    recipe = start_project(folder, templates, scheme, labels, classes, base, voxel_size, say)
+    recipe = start_project(folder, templates, scheme, labels, classes, base, voxel_size, desc, say)
     for part in (recipe.parent / "templates", recipe.parent / "held_out"):
         for file in label_map_files(part) if part.is_dir() else []:
             if note := removal_note(file.parent):

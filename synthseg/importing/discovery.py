@@ -40,8 +40,16 @@ class Survey:
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
-def look(folder: Path) -> Found:
-    """Recognise imported templates, FreeSurfer subjects, CHARM output, a BIDS derivative or plain label maps."""
+def look(folder: Path, desc: str | None = None) -> Found:
+    """Recognise imported templates, FreeSurfer subjects, CHARM output, a BIDS derivative or plain label maps.
+
+    ``desc`` chooses a segmentation of a BIDS derivative: NAME of ``desc-NAME``, or ``none`` for the one without.
+    """
+    if desc is not None and folder.exists():
+        found = _bids(folder, desc.removeprefix("desc-"))
+        if found:
+            return found
+        raise TemplateError(f"{folder}: no BIDS derivative (sub-*/anat/*_dseg.nii.gz); leave out --desc {desc}")
     if folder.is_file():
         return Found("label map", {image_stem(folder): folder}, _table_beside(folder.parent))
     if not folder.is_dir():
@@ -107,29 +115,50 @@ def _charm(folder: Path) -> Found | None:
     return None
 
 
-def _bids(folder: Path) -> Found | None:
+def _bids(folder: Path, desc: str | None = None) -> Found | None:
     files = [
         p for place in ("", "ses-*/") for p in sorted(folder.glob(f"sub-*/{place}anat/*_dseg.nii*")) if image_suffix(p)
     ]
     if not files:
         return None
-    kinds: dict[str, list[Path]] = {}
+    kinds: dict[str, dict[str, Path]] = {}
     for file in files:  # what follows subject, session, acquisition and run names the segmentation
-        kinds.setdefault(re.sub(r"^sub-[^_]+(_(ses|acq|run)-[^_]+)*_", "", image_stem(file)), []).append(file)
-    if len(kinds) > 1:
-        raise TemplateError(
-            f"{folder}: a BIDS derivative with several segmentations ({', '.join(sorted(kinds))}); link those of one "
-            "kind into a folder of their own and give that"
-        )
-    (kind,) = kinds
-    tables = [
-        p
-        for p in (files[0].with_name(image_stem(files[0]) + ".tsv"), folder / f"{kind}.tsv", folder / "dseg.tsv")
-        if p.is_file()
-    ]
-    return Found(
-        "BIDS derivative", {image_stem(p).removesuffix("_dseg"): p for p in files}, tables[0] if tables else None
+        kind = re.sub(r"^sub-[^_]+(_(ses|acq|run)-[^_]+)*_", "", image_stem(file))
+        kinds.setdefault(kind, {})[image_stem(file).removesuffix(f"_{kind}")] = file
+    kind = _one_kind(folder, sorted(kinds), desc)
+    maps = kinds[kind]
+    first = next(iter(maps.values()))
+    tables = (
+        *(first.with_name(image_stem(first) + ".tsv"), folder / f"{kind}.tsv"),
+        *(folder / f"desc-{_desc(kind)}_dseg.tsv", folder / "dseg.tsv"),
     )
+    missing = sorted({scan for of_kind in kinds.values() for scan in of_kind} - set(maps))
+    return Found(
+        "BIDS derivative",
+        {image_stem(p).removesuffix("_dseg"): p for p in maps.values()},
+        next((p for p in tables if p.is_file()), None),
+        (f"no {kind}, left out: {', '.join(missing)}",) if missing else (),
+    )
+
+
+def _desc(kind: str) -> str:
+    """NAME of ``desc-NAME``, or ``none``."""
+    found = re.search(r"(?:^|_)desc-([^_]+)", kind)
+    return found[1] if found else "none"
+
+
+def _one_kind(folder: Path, kinds: Sequence[str], desc: str | None) -> str:
+    """The kind of segmentation that ``desc`` chooses. Raises TemplateError, which says how to choose, if not one."""
+    chosen = [kind for kind in kinds if desc is None or _desc(kind) == desc]
+    if len(chosen) == 1:
+        return chosen[0]
+    names = sorted({_desc(kind) for kind in chosen or kinds}, key=lambda name: (name == "none", name))
+    choose = f"choose with --desc {' or '.join(names)}"
+    if not chosen:
+        raise TemplateError(f"{folder}: no segmentation for --desc {desc} ({', '.join(kinds)}); {choose}")
+    if len(names) == 1:
+        choose = "link those of one kind into a folder of their own and give that"
+    raise TemplateError(f"{folder}: a BIDS derivative with several segmentations ({', '.join(chosen)}); {choose}")
 
 
 def survey(found: Found, on_map: Callable[[str], None] = lambda name: None) -> Survey:

@@ -249,11 +249,13 @@ def start_project(
     classes: str | None = None,
     start: tuple[str, TrainConfig] | None = None,
     voxel_size_mm: float | None = None,
+    desc: str | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Import the label maps of ``source`` to ``folder``/templates and held_out, and write ``folder``/recipe.yaml.
 
-    Everything is checked before the first file is written. Returns the recipe.
+    ``desc`` chooses a segmentation of a BIDS derivative, as in `look`. Everything is checked before the first file is
+    written. Returns the recipe.
     """
     recipe = folder / "recipe.yaml"
     for name in ("recipe.yaml", "templates", "held_out", "scheme.json"):
@@ -266,7 +268,7 @@ def start_project(
         raise LabelError(
             f"{labels}: no such file; give a table of FreeSurfer or ITK-SNAP, a dseg.tsv or a scheme's JSON"
         )
-    found = look(source)
+    found = look(source, desc)
     tell(f"{source}: {found.kind}, {len(found.maps)} of them")
     for note in found.notes:
         tell(f"note: {note}")

@@ -7,8 +7,8 @@ Input: synthseg/samples/colin27_t1.nii.gz (Colin27, 1 mm) and synthseg/weights/s
 network runs in float32 with its mirrored copy averaged in, and everything after it is arithmetic without chance, so
 that two runs on one machine write the same bytes (another processor may round a voxel in a million differently).
 
-Each function below is one rule. They run in the order of `mend`; `problems` says whether a finished map keeps what
-they promise, and the script refuses to write one that does not. Arrays are (D, H, W) in RAS+ order, one voxel is 1 mm.
+Each function below is one rule. They run in the order of `mend`; `problems` says which of their promises a finished
+map breaks, and the script refuses to write one that breaks any. Arrays are (D, H, W) in RAS+ order, one voxel is 1 mm.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ BASE_Z = 56  # z = -15 mm: above it nothing may pass through the skull
 CANAL_Z = 20  # z = -51 mm: the foramen magnum; below it lies the spinal canal
 FLUID_IS_DARK = 88  # of the T1, whose fluid is about 45, grey matter 86 and white matter 109
 THALAMUS_IS_BRIGHT = 62
+ROUGHEST = 0.03  # share of a surface that smoothing moves: at most 0.015 after the rules, at least 0.041 before
 SMALLEST = {AIR: 500, VENTRICLE: 100, CSF: 30, DURA: 30, VESSEL: 100}  # voxels of a piece; the others: the largest only
 FACES = ndi.generate_binary_structure(3, 1)
 CUBE = np.ones((3, 3, 3), dtype=bool)
@@ -67,6 +68,12 @@ def largest(mask: np.ndarray, structure: np.ndarray = CUBE) -> np.ndarray:
 def smooth(mask: np.ndarray, sigma: float) -> np.ndarray:
     """A mask with a rounder border; faces of the field of view count as continuing beyond it."""
     return ndi.gaussian_filter(mask.astype(np.float32), sigma, mode="nearest") > 0.5
+
+
+def roughness(mask: np.ndarray) -> float:
+    """The share of the voxels at the border of a mask that smoothing moves."""
+    border = mask & ~ndi.binary_erosion(mask, FACES, border_value=1)
+    return float((smooth(mask, 1.0) != mask).sum() / border.sum())
 
 
 def close(mask: np.ndarray, radius: float) -> np.ndarray:
@@ -268,8 +275,12 @@ def problems(labels: np.ndarray) -> list[str]:
             found.append(f"label {index} is in {n} pieces")
     for index in NUCLEI:
         for side in (labels[:MIDPLANE], labels[MIDPLANE + 1 :]):
-            if (n := pieces(side == index)) != 1:
+            nucleus = side == index
+            if (n := pieces(nucleus)) != 1:
                 found.append(f"nucleus {index} is in {n} pieces on one side")
+            for box in ndi.find_objects(nucleus.astype(np.uint8)):
+                if n := int((ndi.binary_fill_holes(nucleus[box]) & ~nucleus[box]).sum()):
+                    found.append(f"nucleus {index} has holes of {n} voxels on one side")
         if (labels[MIDPLANE] == index).any():
             found.append(f"nucleus {index} crosses the middle")
     if (n := int(ndi.label(np.pad(labels == AIR, 1, constant_values=True), FACES)[1])) != 1:
@@ -278,7 +289,7 @@ def problems(labels: np.ndarray) -> list[str]:
         found.append(f"the head is in {n} pieces")
     brain = np.isin(labels, BRAIN)
     near = ndi.binary_dilation(brain, CUBE)
-    for index, name in ((SKULL, "skull"), (HEAD, "soft tissue"), (AIR, "air")):
+    for index, name in ((SKULL, "skull"), (HEAD, "soft tissue"), (AIR, "air"), (DURA, "dura")):
         if n := int((near & (labels == index)).sum()):
             found.append(f"{n} voxels of {name} touch the brain")
     vault = labels[:, :, BASE_Z + 1 :]
@@ -287,10 +298,21 @@ def problems(labels: np.ndarray) -> list[str]:
     outer = np.unique(flood[(vault == AIR) | (vault == HEAD)])
     if np.intersect1d(inner, outer).size:
         found.append("the vault of the skull has a gap")
+    inside = np.isin(flood, inner)
+    if n := int((np.logical_or(*shells(inside)) & (vault != SKULL)).sum()):
+        found.append(f"{n} voxels of the vault are bone of less than two voxels")
+    base = labels[:, :, CANAL_Z : BASE_Z + 1]
+    within = ndi.binary_dilation(np.isin(base, (*BRAIN, CSF, DURA)), CUBE)
+    if n := int((within & np.isin(base, (AIR, HEAD))).sum()):
+        found.append(f"{n} voxels of soft tissue or air open the base of the skull")
     outside = np.pad(labels == AIR, ((1, 1), (1, 1), (0, 1)), constant_values=True)[:, :, BASE_Z + 1 :]
     outside = largest(outside, FACES)[1:-1, 1:-1, :-1]
-    if n := int((ndi.binary_dilation(outside, CUBE) & (vault == SKULL)).sum()):
-        found.append(f"{n} voxels of the vault lie bare of soft tissue")
+    if n := int((np.logical_or(*shells(outside)) & (vault == SKULL)).sum()):
+        found.append(f"{n} voxels of the vault lie under less than two voxels of soft tissue")
+    bone = np.isin(flood, outer, invert=True)
+    for mask, name in ((~outside, "head"), (bone, "skull"), (inside, "inside of the skull")):
+        if (share := roughness(mask)) > ROUGHEST:
+            found.append(f"the {name} is rough: smoothing moves {share:.1%} of its surface")
     return found
 
 
