@@ -1,4 +1,4 @@
-"""Does pretraining pay? Every objective for the same CPU time on a small network, its features, then few steps of
+"""Does pretraining pay? Eight objectives for the same CPU time on a small network, their features, then few steps of
 segmentation, against training from scratch for as long as both took together.
 
     python benchmarks/pretraining.py --templates DIR DIR ... --held-out DIR [--data DIR] [--rows TEXT ...]
@@ -15,7 +15,8 @@ All objectives run with seed 0; *best sum* is the anatomy term and the contrasti
 best rows and the two without pretraining then run with seeds 1 and 2 (``--seeds 3``). By default that takes at most
 six hours with ``--jobs 2`` on two cores.
 
-A row that is done is kept in a file of its own in ``--work``; one that was stopped goes on from its last saved state.
+A row that is done is kept in a file of its own in ``--work``, with the version of the code and the seconds by the
+clock that it took; one that was stopped goes on from its last saved state.
 ``--rows`` takes parts of names, so that several processes can share the work; every process writes the table of all
 that are done.
 """
@@ -37,7 +38,7 @@ from synthseg.allocator import tune_allocator
 tune_allocator()
 
 import torch  # noqa: E402
-from pretraining_jobs import check_settings, kept, run_keys, slug  # noqa: E402
+from pretraining_jobs import check_settings, kept, run_keys, slug, stamped, wall_seconds  # noqa: E402
 from pretraining_page import write_page  # noqa: E402
 from pretraining_scores import HeldOut, score_features, score_segmentation  # noqa: E402
 from pretraining_table import (  # noqa: E402
@@ -241,7 +242,6 @@ def measure(row: dict[str, Any], folder: Path, features: Path, options: argparse
 def make_row(name: str, seed: int, options: argparse.Namespace, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Train and measure one row."""
     folder = options.work / slug(row_key(name, seed))
-    folder.mkdir(parents=True, exist_ok=True)
     minutes = settings_of(options)["fine_tune_minutes"] + (options.cpu_minutes if name == SCRATCH else 0.0)
     row: dict[str, Any] = {"name": name, "seed": seed}
     init: Path | None = None
@@ -275,7 +275,7 @@ def read_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def run_one(key: str, options: argparse.Namespace) -> None:
     """Make a row in this process and keep it."""
     name, seed = parse_key(key)
-    row = make_row(name, seed, options, read_rows(options))
+    row = stamped(options.work / slug(key), partial(make_row, name, seed, options, read_rows(options)))
     write_text_atomically(options.work / f"row_{slug(key)}.json", json.dumps(row, indent=2) + "\n")
 
 
@@ -283,7 +283,14 @@ def write_table(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Write and print the table of the rows that are done, and return them."""
     done = read_rows(options)
     machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
-    record = {"settings": settings_of(options), "machine": machine, "order": list(ROWS), "rows": done}
+    record = {
+        "settings": settings_of(options),
+        "machine": machine,
+        "jobs": options.jobs,
+        "wall_seconds": wall_seconds(options.work),
+        "order": list(ROWS),
+        "rows": done,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(options.out, json.dumps(record, indent=2) + "\n")
     show(done)

@@ -6,12 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import synthseg
 from synthseg.errors import SynthSegError
 from synthseg.volume import write_text_atomically
 
@@ -25,6 +28,43 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
 
 def slug(key: str) -> str:
     return key.replace(" ", "_").replace(",", "")
+
+
+@cache
+def code_version() -> dict[str, str | None]:
+    """Version of the package, and the commit of the checkout that it is in; None where it is in none."""
+    root = Path(__file__).resolve().parents[1]
+    commit = None
+    if Path(synthseg.__file__).resolve().parent == root / "synthseg":
+        words = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+        try:
+            top, head = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+            commit = head if Path(top).resolve() == root else None
+        except (OSError, ValueError, subprocess.CalledProcessError):
+            pass  # no git, or no checkout
+    return {"synthseg": synthseg.__version__, "commit": commit}
+
+
+def stamped(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row that is made in ``folder``, with the version of the code and the seconds by the clock that it took.
+
+    A row that was begun before has no seconds, and a version only if it is the same as then.
+    """
+    begun, fresh = time.monotonic(), not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "version.json"
+    if fresh:
+        kept(file, code_version)
+    row = make()
+    same = file.exists() and json.loads(file.read_text()) == code_version()
+    wall = round(time.monotonic() - begun, 1) if fresh else None
+    return row | {"version": code_version() if same else None, "wall_seconds": wall}
+
+
+def wall_seconds(folder: Path) -> float | None:
+    """Seconds from the first file of a table to its latest row, by the times of the files; None without a row."""
+    rows = [file.stat().st_mtime for file in folder.glob("row_*.json")]
+    return round(max(rows) - (folder / "settings.json").stat().st_mtime, 1) if rows else None
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ Every figure and every judgement on it is computed from the JSON files; what was
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pretraining_conditions import conditions, versions, what_was_compared
 from pretraining_findings import bullet, findings, joined, probe_dice, wrapped
 from pretraining_table import (
     BEST_SUM,
@@ -160,10 +162,49 @@ def similarity_section(rows: list[Row], kind: str) -> str:
             wrapped(
                 f"Rank correlation of {kind} with uniformity (lower is more uniform) "
                 f"{spearmanr(values, uniform).statistic:+.2f}, with tolerance to neighbours "
-                f"{spearmanr(values, near).statistic:+.2f}. Best probe at {best:g}, {ahead:.3f} ahead of the next."
+                f"{spearmanr(values, near).statistic:+.2f}. {against_theory(own, kind)} "
+                f"Best probe at {best:g}, {ahead:.3f} ahead of the next."
             ),
         ]
     return "\n".join(text)
+
+
+def against_theory(rows: list[Row], kind: str) -> str:
+    """Which setting should be the most uniform, the lowest temperature or the highest beta, and which one is."""
+    means = {}
+    for value in {row["value"] for row in rows}:
+        means[value] = float(np.mean([row["features"]["uniformity"] for row in rows if row["value"] == value]))
+    expected = min(means) if kind == "temperature" else max(means)
+    found = min(means, key=lambda value: means[value])
+    if found == expected:
+        return f"As theory has it, features are the most uniform at {found:g} ({means[found]:.2f})."
+    return (
+        f"By theory features are the most uniform at {expected:g}; here they are at {found:g} ({means[found]:.2f}, but "
+        f"{means[expected]:.2f} at {expected:g}), against theory."
+    )
+
+
+def certainty(rows: list[Row], minutes: float) -> str:
+    """How far the sweeps can be trusted: seeds, and rows that happen to be the same setting."""
+    parts = []
+    if len({row["seed"] for row in rows}) == 1:
+        parts.append(f"One seed of {minutes:g} CPU minutes decides nothing: not severity, not temperature, not beta.")
+    same = defaultdict(list)
+    for row in rows:
+        scale = row["value"] if row["sweep"] == "severity" else 1.0
+        same[json.dumps([row["objective"], row["pool"], scale, row["seed"]])].append(row)
+    for twins in (found for found in same.values() if len(found) > 1):
+        named = joined([f"*{row['sweep']} {row['value']:g}*" for row in twins])
+        probes = joined([f"{probe_dice(row):.3f}" for row in twins])
+        steps = joined([str(row["pretraining"]["steps"]) for row in twins])
+        parts.append(
+            f"{named}{'' if twins[0]['pool'] else ' with a new anatomy each step'} are one setting with one seed, run "
+            f"twice: the probe finds {probes}, after {steps} steps. Smaller differences say nothing."
+        )
+    parts.append(versions(rows))
+    if any(row["pool"] and not row.get("version") for row in rows):
+        parts.append("The rows of the pool were made after the others, by newer code.")
+    return wrapped(" ".join(parts))
 
 
 def sweeps_section(record: dict[str, Any] | None) -> str:
@@ -172,6 +213,8 @@ def sweeps_section(record: dict[str, Any] | None) -> str:
     rows = list(record["rows"].values())
     minutes = record["settings"]["cpu_minutes"]
     return f"""Each row is pretrained for {minutes:g} CPU minutes; the settings are otherwise those of the table.
+
+{certainty(rows, minutes)}
 
 ### Severity and the amount of synthetic data
 
@@ -212,14 +255,13 @@ def page(record: dict[str, Any], sweeps: dict[str, Any] | None) -> str:
         raise InputError("no row of the table has been run: run benchmarks/pretraining.py first")
     names, counts = list(record["order"]), [str(count) for count in settings["counts"]]
     missing = [name for name in names if not of_seeds(rows, name)]
-    seeds = sorted({row["seed"] for row in rows.values()})
-    several = [name for name in names if len(of_seeds(rows, name)) > 1]
     incomplete = f"\n**Incomplete**: not run are {joined([f'*{name}*' for name in missing])}.\n" if missing else ""
-    first, then = settings["cpu_minutes"], settings["fine_tune_minutes"]
-    severities = joined([f"{value:g}" for value in settings["severities"]])
-    repeated = joined([f"*{name}*" for name in several]) if several else "no row"
-    shape = " × ".join(str(n) for n in settings["shape"])
-    channels = "-".join(str(n) for n in settings["channels"])
+    introduction = (
+        f"{what_was_compared(record).capitalize()} of the family of [pretraining](pretraining.md), for the same CPU "
+        "time on one small network, against training the segmentation from scratch for as long as pretraining and "
+        "fine-tuning took together. The losses are those of [contrastive learning](contrastive.md), the measures "
+        "those of [features](features.md)."
+    )
     most, seen = max(settings["counts"]), settings["pretrain_templates"]
     real_scans = (
         f"""Real scans: mean of Colin27's tissues, Colin27's nuclei (AAL) and the OASIS scan (FreeSurfer), through the
@@ -235,9 +277,7 @@ whole of inference, on the scan's own grid.
 
 # Does pretraining pay?
 
-Every objective of [pretraining](pretraining.md) for the same CPU time on one small network, against training the
-segmentation from scratch for as long as pretraining and fine-tuning took together. The losses are those of
-[contrastive learning](contrastive.md), the measures those of [features](features.md).
+{wrapped(introduction)}
 {incomplete}
 ## In short
 
@@ -245,19 +285,7 @@ segmentation from scratch for as long as pretraining and fine-tuning took togeth
 
 ## What was compared
 
-- Network: DynUNet, channels {channels}, at {settings["voxel_size_mm"]:g} mm on the brain and what is near it ({shape}
-  voxels); Muon, constant rate, averaged weights; one thread. The same for all rows, nothing tuned for one of them.
-- Pretraining: {first:g} CPU minutes on views of {seen} templates, severities {severities}, moved against each other by
-  up to {settings["shift_mm"]:g} mm (else the place in the image tells voxels apart); labels are used by SupCon
-  and HSCL alone, and by all to draw the voxels.
-- Segmentation: {then:g} CPU minutes from the pretrained weights, all free, with {joined(counts)} of the templates.
-  *{SCRATCH}*: {first + then:g} minutes from random weights. *{NONE}*: {then:g} minutes from random weights.
-- Minutes are CPU time of drawing images and training. Loading, distance maps and measuring are not counted.
-- Measured on {len(settings["held_out"])} maps that no row has seen, rendered in T1, T2, FLAIR, CT and random contrasts.
-- Seeds: {joined([str(seed) for seed in seeds])}; several for {repeated}. Objectives with
-  several were chosen by their first, which favours them a little. ± is the standard deviation over seeds.
-- *Better* and *worse* (bold in the tables): t-test of the differences to *{SCRATCH}*, seed by seed, at 5 % and
-  corrected for the number of objectives. Its noise is pooled over all rows with several seeds.
+{conditions(record)}
 {made_of}
 ## Segmentation
 
@@ -305,11 +333,21 @@ Collapse, of features scaled to length 1: effective ranks of all features and of
 ## Run it
 
 ```
-python benchmarks/pretraining.py --templates DIR ... --held-out DIR ... --data DIR --cpu-minutes {first:g}
-python benchmarks/pretraining_sweeps.py --templates DIR ... --held-out DIR ...
+{commands(record, sweeps)}
 python benchmarks/pretraining.py --page docs/pretraining_results.md
 ```
 """
+
+
+def commands(record: dict[str, Any], sweeps: dict[str, Any] | None) -> str:
+    """What makes the figures again."""
+    lines = []
+    for script, made in (("pretraining.py", record), ("pretraining_sweeps.py", sweeps or record)):
+        settings = made["settings"]
+        data = " --data DIR" if settings["real_scans"] else ""
+        options = f"--templates DIR ... --held-out DIR ...{data} --cpu-minutes {settings['cpu_minutes']:g} --jobs 2"
+        lines.append(f"python benchmarks/{script} {options}")
+    return "\n".join(lines)
 
 
 def matching_radius(rows: Rows) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 
 import pretraining as table
 import torch
-from pretraining_jobs import check_settings, kept, run_keys, slug
+from pretraining_jobs import check_settings, kept, run_keys, slug, stamped
 
 from synthseg import rng
 from synthseg.errors import SynthSegError
@@ -102,15 +102,14 @@ def file_of(key: str, options: argparse.Namespace) -> Path:
     return Path(options.work / f"row_{slug(key)}.json")
 
 
-def make_row(key: str, options: argparse.Namespace) -> None:
-    """Train, measure and keep one row."""
+def make_row(key: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure one row."""
     row = sweep_rows(options)[key]
     severe = row["sweep"] == "severity"
     seed, scale = row["seed"], row["value"] if severe else 1.0
     options = argparse.Namespace(**vars(options))
     options.severities = [scale * severity for severity in options.severities]
     folder = options.work / slug(key)
-    folder.mkdir(parents=True, exist_ok=True)
     kind = pooled(row["pool"]) if row["pool"] else Pretrainer
     trained = partial(table.pretrain, options, row["objective"], seed, folder / "pretrained", kind)
     row["pretraining"] = kept(folder / "pretraining.json", trained)
@@ -118,6 +117,12 @@ def make_row(key: str, options: argparse.Namespace) -> None:
     minutes = settings_of(options)["fine_tune_minutes"]
     row["segmentation"] = table.segmentations(options, seed, folder, minutes, init) if severe else {}
     table.measure(row, folder, init, options)
+    return row
+
+
+def run_one(key: str, options: argparse.Namespace) -> None:
+    """Make a row in this process and keep it."""
+    row = stamped(options.work / slug(key), partial(make_row, key, options))
     write_text_atomically(file_of(key, options), json.dumps(row, indent=2) + "\n")
 
 
@@ -157,11 +162,11 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         check_settings(options.work, settings_of(options))
         if options.only:
-            make_row(options.only, options)
+            run_one(options.only, options)
             return
         done = write_rows(options)
         wanted = [key for key in sweep_rows(options) if any(part in key for part in options.rows)]
-        run_keys([key for key in wanted if key not in done], options, make_row, lambda: write_rows(options))
+        run_keys([key for key in wanted if key not in done], options, run_one, lambda: write_rows(options))
         if set(wanted) - set(write_rows(options)):
             sys.exit(1)
     except SynthSegError as error:

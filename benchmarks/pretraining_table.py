@@ -139,8 +139,13 @@ def difference(rows: Rows, name: str, figure: Callable[[Row], float], other: str
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in Markdown. Raises ValueError if a row has not one cell for each heading."""
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{len(header)} headings, but a row of {len(row)} cells: {row}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def spread_of(values: list[float], form: str = ".3f") -> str:
@@ -206,6 +211,7 @@ def verdict_cell(found: Difference | None) -> str:
 def cost_table(rows: Rows, names: list[str], counts: list[str]) -> str:
     header = [
         "row",
+        "steps of pretraining",
         "CPU seconds a step of pretraining",
         *[f"steps of segmentation, {plural(count)}" for count in counts],
     ]

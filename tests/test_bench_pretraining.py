@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import synthseg
 from synthseg.config import PretrainConfig, parse
 from synthseg.errors import InputError
 from synthseg.labels import load_scheme
@@ -165,6 +166,22 @@ def test_the_figure_of_real_scans_weighs_the_three_references_alike(table: Modul
     assert np.isnan(table.real(one, "2"))
 
 
+def test_a_table_has_a_cell_for_each_heading(table: ModuleType) -> None:
+    assert table.table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    with pytest.raises(ValueError, match=r"2 headings, but a row of 3 cells: \['1', '2', '3'\]"):
+        table.table(["a", "b"], [["1", "2"], ["1", "2", "3"]])
+
+
+def test_the_table_of_costs_names_every_figure(table: ModuleType) -> None:
+    given = rows(row("none", 0, (0.1, 0.1)), row("A", 0, (0.1, 0.1)))
+    lines = [line.split(" | ") for line in table.cost_table(given, ["none", "A", "B"], ["1", "2"]).splitlines()]
+    assert lines[0][1:3] == ["steps of pretraining", "CPU seconds a step of pretraining"]
+    assert lines[2] == ["| none", "", "", "10", "10 |"]
+    assert lines[3] == ["| A", "7", "0.30", "10", "10 |"]
+    assert lines[4] == ["| B", "not run", "not run", "not run", "not run |"]
+    assert {len(line) for line in lines} == {5}
+
+
 # ---------------------------------------------------------------------------------------------------- page
 
 
@@ -227,6 +244,81 @@ def test_figures_that_are_not_there_are_refused(pages: ModuleType, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_page_says_what_all_rows_had_in_common(pages: ModuleType) -> None:
+    """Barlow Twins on the sphere; labels by hand: SupCon takes its positives by them, InfoNCE mirrored voxels."""
+    given = rows(
+        row("from scratch", 0, (0.2, 0.2)),
+        row("A", 0, (0.1, 0.1)) | {"objective": {"contrast": [{"loss": "sup_con"}]}},
+        row("B", 0, (0.1, 0.1)) | {"objective": {"contrast": [{"loss": "info_nce"}]}},
+        row("C", 0, (0.1, 0.1)) | {"objective": {"contrast": [{"loss": "barlow_twins"}]}},
+        row("best sum", 0, (0.1, 0.1)) | {"objective": {"anatomy_weight": 2.0, "contrast": [{"loss": "hscl"}]}},
+    )
+    text = " ".join(pages.page(record(given), None).split())
+    assert "Three objectives and one sum of the family of [pretraining]" in text
+    settings = (
+        "temperature 0.33, projection `sphere` with 128 dimensions, 512 points of each head in every view, levels -1"
+    )
+    assert f"Contrastive terms: {settings} of the decoder" in text
+    assert "*C* had that projection too, though `none` fits the loss better: a handicap." in text
+    assert "They say what is alike in *A* and *best sum*. *B* goes by the place instead, but by label" in text
+    assert "The T1 image of *best sum* is painted from them" in text
+    given["B, seed 0"]["objective"]["contrast"][0]["sampling"] = {"exclude_mirrored": False}
+    given["C, seed 0"]["objective"]["contrast"][0]["projection"] = "none"
+    text = " ".join(pages.page(record(given), None).split())
+    assert "projection `sphere` and `none`" in text
+    assert "handicap" not in text
+    assert "goes by the place instead" not in text
+
+
+def test_the_page_says_how_long_it_took_and_by_which_code(pages: ModuleType) -> None:
+    """By hand: two rows, 2 s of pretraining and 1 s for each of two segmentations: 8 s of training, here times 900."""
+    given = rows(row("A", 0, (0.1, 0.1)), row("B", 0, (0.1, 0.1)))
+    for one in given.values():
+        for part in (one["pretraining"], *one["segmentation"].values()):
+            part["cpu_seconds"] *= 900
+    text = " ".join(pages.page(record(given), None).split())
+    assert "Training took 2.0 CPU hours. - No row says which version of the code made it" in text
+    took = record(given) | {"wall_seconds": 4980.0, "jobs": 2}
+    given["A, seed 0"] |= {"wall_seconds": 600.0, "version": {"synthseg": "1.0", "commit": "a" * 40}}
+    text = " ".join(pages.page(took, None).split())
+    assert "Training took 2.0 CPU hours, all of it 1 h 23 min by the clock on two cores" in text
+    assert "A row took 10 to 10 minutes, measuring included. - 1 of 2 rows do not say which version" in text
+    given["B, seed 0"] |= {"wall_seconds": None, "version": {"synthseg": "1.0", "commit": "b" * 40}}
+    assert "Two versions of the code made these rows" in " ".join(pages.page(took, None).split())
+    given["B, seed 0"]["version"] = {"synthseg": "1.0", "commit": "a" * 40}
+    assert f"All rows were made by synthseg 1.0, commit {'a' * 12}." in pages.page(took, None)
+
+
+def test_the_commands_on_the_page_make_its_figures(pages: ModuleType) -> None:
+    given = record(rows(row("A", 0, (0.1, 0.1))), real_scans=True)
+    sweeps = {"settings": {"cpu_minutes": 2.5, "real_scans": False}, "rows": {}}
+    text = pages.commands(given, sweeps)
+    assert text.splitlines() == [
+        "python benchmarks/pretraining.py --templates DIR ... --held-out DIR ... --data DIR --cpu-minutes 3 --jobs 2",
+        "python benchmarks/pretraining_sweeps.py --templates DIR ... --held-out DIR ... --cpu-minutes 2.5 --jobs 2",
+    ]
+
+
+def test_one_setting_that_was_swept_twice_tells_the_noise(pages: ModuleType) -> None:
+    objective = {"contrast": [{"loss": "hucl", "beta": 2.0}]}
+    common = row("", 0, (0.1, 0.1)) | {"objective": objective, "pool": None}
+    swept = [
+        common | {"sweep": "severity", "value": 1.0, "features": features(0.4)},
+        common | {"sweep": "severity", "value": 1.0, "pool": 16},
+        common | {"sweep": "severity", "value": 0.5},
+        common | {"sweep": "beta", "value": 2.0, "features": features(0.35)},
+    ]
+    text = " ".join(pages.certainty(swept, 2.5).split())
+    assert text.startswith("One seed of 2.5 CPU minutes decides nothing: not severity, not temperature, not beta.")
+    assert "*severity 1* and *beta 2* with a new anatomy each step are one setting with one seed" in text
+    assert "the probe finds 0.400 and 0.350, after 7 and 7 steps" in text
+    assert text.count("run twice") == 1
+    swept[3]["seed"] = 1
+    text = pages.certainty(swept, 2.5)
+    assert "One seed" not in text
+    assert "run twice" not in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("fresh_best", "claim"),
     [
@@ -259,6 +351,14 @@ def test_the_sweep_of_temperature_is_read(pages: ModuleType) -> None:
     text = " ".join(pages.similarity_section(list(swept.values()), "temperature").split())
     assert "| 0.3 | -2.70 | 0.700 | 0.300 | 5.0 | 0.400 | 0.300 |" in text
     assert "with uniformity (lower is more uniform) +1.00, with tolerance to neighbours +1.00" in text
+    assert "As theory has it, features are the most uniform at 0.1 (-2.90)." in text
+    swept["0.3"]["features"]["uniformity"] = -3.5
+    text = " ".join(pages.similarity_section(list(swept.values()), "temperature").split())
+    assert "most uniform at 0.1; here they are at 0.3 (-3.50, but -2.90 at 0.1), against theory." in text
+    for one in swept.values():
+        one["sweep"] = "beta"
+    text = " ".join(pages.similarity_section(list(swept.values()), "beta").split())
+    assert "most uniform at 1; here they are at 0.3 (-3.50, but -2.00 at 1), against theory." in text
 
 
 # ------------------------------------------------------------------------------------------------- measures
@@ -356,22 +456,46 @@ def test_the_command_trains_measures_and_keeps_rows(finished: tuple[Path, list[s
     assert 0 <= pretrained["features"]["matching"] <= 1
     assert pretrained["features"]["inter_subject"] is None  # there is one map only
     assert pretrained["features"] != found["none, seed 0"]["features"]
+    assert pretrained["version"]["synthseg"] == synthseg.__version__
+    assert pretrained["wall_seconds"] > pretrained["pretraining"]["cpu_seconds"] >= 0
+    assert json.loads((folder / "table.json").read_text())["jobs"] == 1
     assert (folder / "work" / "InfoNCE_seed_0" / "pretrained" / "pretrained.safetensors").is_file()
 
 
 def test_the_command_goes_on_where_it_was_stopped(program: ModuleType, finished: tuple[Path, list[str]]) -> None:
-    """A row whose last part is missing is finished from the parts that are there."""
+    """A row whose last part is missing is finished from the parts that are there. Its time is then not known."""
     folder, words = finished
     before = json.loads((folder / "table.json").read_text())
+    before["rows"]["InfoNCE, seed 0"]["wall_seconds"] = None
     (folder / "work" / "row_InfoNCE_seed_0.json").unlink()
     (folder / "work" / "InfoNCE_seed_0" / "features.json").unlink()
     program.main(words)
-    assert json.loads((folder / "table.json").read_text()) == before
+    after = json.loads((folder / "table.json").read_text())
+    assert after.pop("wall_seconds") > before.pop("wall_seconds") > 0
+    assert after == before
     with pytest.raises(SystemExit, match=r"cpu_minutes was 0\.001, is 9\.0"):
         program.main([*words, "--cpu-minutes", "9"])
     page = folder / "page.md"
     program.main(["--page", str(page), "--out", str(folder / "table.json"), "--sweeps", str(folder / "none")])
     assert "**Incomplete**: not run are *from scratch*, *Brain-ID anatomy*" in page.read_text()
+
+
+def test_a_row_says_by_which_code_it_was_made(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was begun by other code, or before rows said so, does not."""
+    jobs = importlib.import_module("pretraining_jobs")
+    now = jobs.code_version()
+    assert now["commit"] is None or re.fullmatch("[0-9a-f]{40}", now["commit"])
+    made = jobs.stamped(tmp_path / "row", lambda: {"name": "A"})
+    assert made == {"name": "A", "version": now, "wall_seconds": made["wall_seconds"]}
+    assert 0 <= made["wall_seconds"] < 60
+    again = jobs.stamped(tmp_path / "row", lambda: {"name": "A"})
+    assert again == {"name": "A", "version": now, "wall_seconds": None}
+    monkeypatch.setattr(jobs, "code_version", lambda: {"synthseg": "0", "commit": None})
+    assert jobs.stamped(tmp_path / "row", dict) == {"version": None, "wall_seconds": None}
+    (tmp_path / "older").mkdir()
+    assert jobs.stamped(tmp_path / "older", dict) == {"version": None, "wall_seconds": None}
 
 
 def test_the_best_sum_divides_each_term_by_its_loss(program: ModuleType) -> None:
@@ -438,6 +562,8 @@ def test_the_sweeps_train_and_measure(program: ModuleType, tiny: list[str], tmp_
     assert list(found) == ["severity 0.25, pool 2, seed 0", "beta 30, seed 0"]
     assert list(found["severity 0.25, pool 2, seed 0"]["segmentation"]) == ["1"]
     assert found["beta 30, seed 0"]["segmentation"] == {}
+    assert found["beta 30, seed 0"]["version"]["synthseg"] == synthseg.__version__
+    assert found["beta 30, seed 0"]["wall_seconds"] > 0
     assert 0 <= found["beta 30, seed 0"]["features"]["probe"]["unseen_maps"]["mean"] <= 1
     _, recipe = read_tensors(
         tmp_path / "work" / "severity_0.25_pool_2_seed_0" / "pretrained" / "pretrained.safetensors"

@@ -68,7 +68,8 @@ def hucl(rows: Rows) -> Values:
     """-log e^{s+} / (e^{s+} + E_q e^{s-}) with negatives drawn from q ~ e^{beta z.z-} (detached).
 
     Hard-negative sampling: Robinson et al., ICLR 2021; HUCL of Jiang et al., arXiv 2311.05139. Never below `ucl`. beta
-    multiplies the similarity before the temperature, so that its published values (2 to 30) hold at any temperature.
+    multiplies z.z-, which the temperature does not divide. So do Jiang et al., whose values (2 to 30) are for
+    temperature 1; Robinson et al. apply theirs after the temperature, and beta here is theirs over the temperature.
     """
     return _per_positive(rows, _log_expectation(rows, rows.beta))
 
@@ -144,10 +145,13 @@ def dhel(rows: Rows) -> Values:
 def pix_pro(rows: Rows) -> Values:
     """-cos between a voxel's smoothed features in one view and its features in the others.
 
-    PixPro (Xie et al., CVPR 2021) without its momentum network. Smoothed (pixel propagation): the sum of the features
-    of the view, weighted by the square of their cosine with the voxel's own, where that is positive. The other view is
-    a target without gradient. There are no negatives: smoothing and the stopped gradient are all that works against
-    collapse. All voxels of a view count as one image: give each head a leading index of its own.
+    After PixPro (Xie et al., CVPR 2021). Smoothed (pixel propagation): the sum of the features of the view, weighted by
+    the square of their cosine with the voxel's own, where that is positive. The other view is a target without
+    gradient. There are no negatives: smoothing and the stopped gradient are all that works against collapse. All voxels
+    of a view count as one image: give each head a leading index of its own.
+
+    Left out: the momentum network that makes the targets; the transform g of the features that are summed; positives
+    within a distance (here the same point alone). The sum is over the sampled voxels of a view, not over all.
     """
     unit = F.normalize(rows.embeddings, dim=1)
     anchors = unit[rows.index]
