@@ -78,11 +78,11 @@ def choice(designs: dict[str, Any], limit: dict[str, Any]) -> str:
         if name.startswith("f: ") and row["unseen_maps"] > designs[ours]["unseen_maps"] + 0.01
     ]
     return f"""
-A network at 2 mm (a) learns fastest, and has a ceiling: the true labels of the unseen maps, as probabilities at 2 mm,
-come back at 1 mm with a Dice of {limit["mean"]:.3f} ({shown}; `--limit`). The networks that ship therefore give labels
-at 1 mm for about the cost of 2 mm (c), and were grown from a network at 2 mm (b and c), as all others at 1 mm cost
-more or learn more slowly. They were begun before this table was complete. What learns faster than c in it and has not
-been tried in their training: {", ".join(higher) or "nothing"}.
+A network at 2 mm (a) learns faster at first, and has a ceiling: the true labels of the unseen maps, as probabilities
+at 2 mm, come back at 1 mm with a Dice of {limit["mean"]:.3f} ({shown}; `--limit`). The networks that ship therefore
+give labels at 1 mm for about the cost of 2 mm (c), and were grown from a network at 2 mm (b and c), as all others at
+1 mm cost more or learn more slowly. They were begun before this table was complete. What learns faster than c in it
+and has not been tried in their training: {", ".join(higher) or "nothing"}.
 """
 
 

@@ -8,8 +8,10 @@ import pytest
 from synthseg.inference import Segmentation, segment
 from synthseg.metrics import dice_table
 from synthseg.networks.checkpoint import Model, load_model
+from synthseg.networks.feature_file import load_features
 from synthseg.paths import data_dir
-from synthseg.volume import load_volume
+from synthseg.representation.tasks import correct_bias
+from synthseg.volume import Volume, load_volume
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def colin_sided(head: Model) -> Segmentation:
     return segment(load_volume(data_dir("samples") / "colin27_t1.nii.gz"), head)
 
 
-@pytest.mark.parametrize("name", ["siam16", "head"])
+@pytest.mark.parametrize("name", ["siam16", "head", "bias-field"])
 def test_the_weights_file_is_small_enough_to_ship(name: str) -> None:
     assert (data_dir("weights") / f"{name}.safetensors").stat().st_size <= 15e6
 
@@ -98,3 +100,19 @@ def test_a_stripped_t1_agrees_with_its_freesurfer_labels(model: Model, shared_di
         "Caudate": ({9}, {11, 50}), "Amygdala": ({11}, {18, 54}), "Hippocampus": ({12}, {17, 53}),
     }  # fmt: skip
     assert np.mean(list(dice_table(result.labels, reference, groups).values())) > 0.65
+
+
+def test_most_of_a_known_field_is_found_on_a_real_scan() -> None:
+    """What is found in Colin27 times a field, over what is found in Colin27 itself, is that field."""
+    scan = load_volume(data_dir("samples") / "colin27_t1.nii.gz")
+    model = load_features("bias-field")
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in scan.data.shape], indexing="ij")
+    log_field = 0.3 * x * y - 0.25 * z + 0.2 * y**2
+    data = np.asarray(scan.data, dtype=np.float32)
+    fields = [
+        correct_bias(Volume(data * factor, scan.affine), model).field
+        for factor in (np.float32(1), np.exp(log_field).astype(np.float32))
+    ]
+    head = data > 30
+    left = np.log(fields[1] / fields[0]) - log_field
+    assert left[head].std() < 0.5 * log_field[head].std()

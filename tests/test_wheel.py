@@ -14,7 +14,8 @@ FIND = """
 import json, sys, synthseg
 from pathlib import Path
 from synthseg.labels import available_schemes
-from synthseg.networks.checkpoint import load_model, shipped_models
+from synthseg.networks.checkpoint import FEATURE_FORMAT, load_model, shipped_models
+from synthseg.networks.feature_file import load_features
 from synthseg.templates import load_template, shipped_templates
 from synthseg.config import TrainConfig, generator_config, load_yaml, shipped_presets
 from synthseg.paths import data_dir
@@ -22,6 +23,7 @@ print(json.dumps({
     "where": str(Path(synthseg.__file__).parent),
     "schemes": available_schemes(),
     "models": {name: len(load_model(name).labels) for name in shipped_models()},
+    "heads": {name: list(load_features(name).heads) for name in shipped_models(FEATURE_FORMAT)},
     "templates": {name: len(load_template(name).table) for name in shipped_templates()},
     "recipe": load_yaml(TrainConfig, "phantom").name,
     "presets": {name: generator_config(None, preset=name).subsamples for name in shipped_presets()},
@@ -55,6 +57,7 @@ def test_everything_that_ships_is_found(installed: Path, tmp_path: Path) -> None
     assert Path(found["where"]) == installed / "synthseg"
     assert found["schemes"] == ["brainweb", "freesurfer", "head", "head45", "siam16"]
     assert found["models"] == {"head": 46, "siam16": 17}
+    assert found["heads"] == {"bias-field": ["bias-field"]}
     assert found["templates"] == {"colin27": 17, "phantom": 55}
     assert found["recipe"] == "phantom"
     eight = dict.fromkeys(("brain-id", "ct", "flair", "infant", "siam", "t1", "t2"), 8)
