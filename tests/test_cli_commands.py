@@ -8,6 +8,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from synthseg.cli import run
 from synthseg.paths import data_dir
@@ -349,3 +350,15 @@ def test_train_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFi
 def test_train_dry_run_draws_and_does_not_train(tmp_path: Path) -> None:
     assert run(["train", "phantom", "-o", str(tmp_path / "run"), "--dry-run", "--device", "cpu", *TINY]) == 0
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["first_batch.png"]
+
+
+def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("synthseg ")
+    assert run(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "models: head, siam16, bias-field" in out
+    assert "siam16 (default): 1 mm, 17 labels" in out
+    assert "bias-field (default of correct-bias): 3 mm, bias-field" in out
+    assert "templates:" in out

@@ -238,16 +238,6 @@ def test_internal_errors_have_their_own_code(
     assert files(tmp_path) == ["a.nii.gz"]
 
 
-def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("synthseg ")
-    assert run(["info"]) == 0
-    out = capsys.readouterr().out
-    assert torch.__version__ in out
-    assert "models:" in out
-    assert "templates:" in out
-
-
 def test_help_needs_none_of_the_heavy_libraries() -> None:
     code = (
         "import sys, synthseg.cli as cli; cli.run(['--help']); cli.run(['segment', '--help']); "
