@@ -108,7 +108,8 @@ def designs_section(designs: dict[str, Any], limit: dict[str, Any]) -> str:
     columns = ["design", "Dice, unseen maps", "Dice, OASIS", "steps", "CPU seconds a step", "parameters"]
     return f"""What each design of network and training learns from random weights in {minutes} CPU minutes on one
 thread, from six templates; Dice of the four maps below rendered at 1 mm as T1, T2 and in a random contrast, and of 11
-structures of the OASIS scan. So short a training shows what learns fast, not what is best in the end.{unmeasured}
+structures of the OASIS scan. One seed. So short a training shows what learns fast, not what is best in the
+end.{unmeasured}
 
 {table(columns, rows)}
 {choice(designs, limit)}
