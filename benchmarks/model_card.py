@@ -207,7 +207,7 @@ What this project set out to reach with its first networks, and where these weig
 {shortfall(accuracy)}
 
 The main reason is training: all runs together are a few hours of two CPU cores, where SynthSeg's network had about 7
-days of a large GPU (Billot et al., MedIA 2023), and the figures still rose when the last run ended.{
+days of a large GPU (Billot et al., MedIA 2023).{
         " " + NEVER_FOUND.format(names=", ".join(never_found(accuracy))) if never_found(accuracy) else ""
     }
 """

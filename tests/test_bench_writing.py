@@ -1,6 +1,6 @@
 """What the benchmark of writing says of stored probabilities, by hand. No time is judged."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +11,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_writing.py"
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_writing", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def test_errors_of_stored_probabilities_by_hand(bench: ModuleType, tmp_path: Path) -> None:
