@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from average_models import VALIDATED
 from designs import DESIGNS
 
 from synthseg.networks.checkpoint import Model, load_model
+from synthseg.training.state import history_of
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -31,28 +33,39 @@ def dice_rows(scores: dict[str, float]) -> list[list[str]]:
     return [[name, f"{value:.3f}"] for name, value in scores.items()]
 
 
+def runs_of(model: Model) -> list[dict[str, Any]]:
+    """All runs that made the weights. What a record leaves out was so before records said it: one image, on a CPU."""
+    return [
+        {"batch_size": 1, "device": "CPU"} | run
+        for run in (*model.record.get("earlier", []), history_of(dict(model.record)))
+    ]
+
+
+def hours_by_device(model: Model) -> dict[str, float]:
+    hours: dict[str, float] = defaultdict(float)
+    for run in runs_of(model):
+        hours[run["device"]] += run["train_seconds"] / 3600
+    return dict(hours)
+
+
 def history(model: Model) -> str:
-    record = model.record
-    last = {
-        "steps": record["steps"],
-        "train_seconds": record["train_seconds"],
-        "voxel_size_mm": model.voxel_size_mm,
-        "templates": record["templates"],
-    }
-    runs = [*record.get("earlier", []), last]
+    runs = runs_of(model)
     rows = [
         [
             str(number),
             f"{run['voxel_size_mm']:g} mm",
+            run["device"],
             f"{run['steps']:,}",
+            f"{run['steps'] * run['batch_size']:,}",
             f"{run['train_seconds'] / 3600:.2f}",
             str(len(run["templates"])),
         ]
         for number, run in enumerate(runs, 1)
     ]
-    hours = sum(run["train_seconds"] for run in runs) / 3600
-    rows.append(["all", "", f"{sum(run['steps'] for run in runs):,}", f"{hours:.2f}", ""])
-    return table(["run", "voxel size of input and output", "steps", "hours", "templates"], rows)
+    images = sum(run["steps"] * run["batch_size"] for run in runs)
+    spent = " and ".join(f"{hours:.2f} ({name})" for name, hours in hours_by_device(model).items())
+    rows.append(["all", "", "", f"{sum(run['steps'] for run in runs):,}", f"{images:,}", spent, ""])
+    return table(["run", "voxel size of input and output", "on", "steps", "images", "hours", "templates"], rows)
 
 
 def averaged(model: Model) -> str:
@@ -66,8 +79,13 @@ def averaged(model: Model) -> str:
     return f" The weights are the {note} (Wortsman et al., ICML 2022).{'' if VALIDATED in note else before}"
 
 
-def choice(designs: dict[str, Any], limit: dict[str, Any]) -> str:
+def choice(designs: dict[str, Any], limit: dict[str, Any], config: dict[str, Any]) -> str:
     """Why the networks that ship are not the row with the highest Dice."""
+    tried = []
+    if (schedule := config["optimiser"]["schedule"]) != "cosine":
+        tried.append("a constant rate" + (" for 60 % of the steps" if schedule == "trapezoid" else ""))
+    if config["dice_weight"] > config["cross_entropy_weight"]:
+        tried.append(f"a weight of soft Dice of {config['dice_weight'] / config['cross_entropy_weight']:g}")
     ours, coarse = "c: subpixel, 1 mm in and out", "a: U-Net at 2 mm, probabilities upsampled"
     if not limit or ours not in designs or coarse not in designs:
         return ""
@@ -81,12 +99,12 @@ def choice(designs: dict[str, Any], limit: dict[str, Any]) -> str:
 A network at 2 mm (a) learns faster at first, and has a ceiling: the true labels of the unseen maps, as probabilities
 at 2 mm, come back at 1 mm with a Dice of {limit["mean"]:.3f} ({shown}; `--limit`). The networks that ship therefore
 give labels at 1 mm for about the cost of 2 mm (c), and were grown from a network at 2 mm (b and c), as all others at
-1 mm cost more or learn more slowly. They were begun before this table was complete. What learns faster than c in it
-and has not been tried in their training: {", ".join(higher) or "nothing"}.
+1 mm cost more or learn more slowly. They were begun before this table was complete. What learns faster than c in it:
+{", ".join(higher) or "nothing"}. Of these their last runs have {" and ".join(tried) or "nothing"}.
 """
 
 
-def designs_section(designs: dict[str, Any], limit: dict[str, Any]) -> str:
+def designs_section(designs: dict[str, Any], limit: dict[str, Any], config: dict[str, Any]) -> str:
     """The table of designs, and its command; says so where it has not been measured."""
     if not designs:
         return "Designs have not been compared yet: `python benchmarks/designs.py`."
@@ -112,7 +130,7 @@ structures of the OASIS scan. One seed. So short a training shows what learns fa
 end.{unmeasured}
 
 {table(columns, rows)}
-{choice(designs, limit)}
+{choice(designs, limit, config)}
     python benchmarks/designs.py --templates MAPS --held-out MAPS --data DATA --cpu-minutes {minutes} \\
         --out benchmarks/results/designs.json
     python benchmarks/designs.py --templates MAPS --held-out MAPS --limit --out benchmarks/results/designs_limit.json"""
@@ -133,14 +151,13 @@ def network_section(model: Model, designs: dict[str, Any], limit: dict[str, Any]
   ({model.voxel_size_mm:g} mm in and out); see [concepts](../concepts.md).
 - Templates: {", ".join(record["templates"])}. `training_seg_*` are label maps of SynthSeg (Billot et al., MedIA 2023),
   `subject*` BrainWeb models (Aubert-Broche et al., IEEE TMI 2006). Dura of the SynthSeg maps is derived, not drawn.
-- Optimiser {record["config"]["optimiser"]["name"]}, batch {record["config"]["batch_size"]}, torch
-  {record["torch"]}. A later run starts from the averaged weights of the one before it.
+- Optimiser {record["config"]["optimiser"]["name"]}. A later run starts from the averaged weights of the one before it.
 
 {history(model)}
 
-All on two CPU cores, which most of the runs shared with other work.{averaged(model)}
+CPU is one or both cores of a two-core machine, which most of the runs shared with other work.{averaged(model)}
 
-{designs_section(designs, limit)}
+{designs_section(designs, limit, record["config"])}
 """
 
 
@@ -206,8 +223,10 @@ What this project set out to reach with its first networks, and where these weig
 
 {shortfall(accuracy)}
 
-The main reason is training: all runs together are a few hours of two CPU cores, where SynthSeg's network had about 7
-days of a large GPU (Billot et al., MedIA 2023).{
+The main reason is training: all runs together are {
+        " and ".join(f"{hours:.1f} hours of {name}" for name, hours in hours_by_device(model).items())
+    }, where SynthSeg's network
+had about 7 days of a large GPU (Billot et al., MedIA 2023).{
         " " + NEVER_FOUND.format(names=", ".join(never_found(accuracy))) if never_found(accuracy) else ""
     }
 """

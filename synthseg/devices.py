@@ -34,6 +34,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: "CPU", "MPS", or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 there (hardware instructions, not emulation)."""
     if device.type == "cuda":

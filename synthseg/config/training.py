@@ -49,7 +49,10 @@ class OptimiserConfig(Section):
     ema_decay: float = Field(
         0.998, ge=0, lt=1, description="decay per step of the averaged weights, which are what is saved"
     )
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: down to 1 % at the last step")
+    schedule: Literal["cosine", "constant", "trapezoid"] = Field(
+        "cosine",
+        description="down to 1 % at the last step: cosine from the first on, trapezoid linear in the last 40 %",
+    )
 
 
 class DivergenceConfig(Section):
@@ -108,7 +111,12 @@ class TrainConfig(RunConfig):
     scored_cells: int = Field(
         0, ge=0, le=8, description="voxels of each subpixel block that a step scores, drawn anew each time; 0: all"
     )
-    grow: bool = Field(False, description="the network has one finer level outside that of the weights in init")
+    render_on: Literal["device", "cpu"] = Field(
+        "device", description="device: images are rendered on the GPU that trains, if one does; cpu: on the processor"
+    )
+    grow: bool = Field(
+        False, description="the network has one finer level than that of the weights in init, or more channels"
+    )
 
 
 R = TypeVar("R", bound=RunConfig)

@@ -136,6 +136,14 @@ def _variation_at(variation: Field3D, position_mm: torch.Tensor) -> torch.Tensor
     return F.grid_sample(field, grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
+def prepare(template: Template) -> None:
+    """Compute now what the first changed anatomy of a template would, seconds for a map of 1 mm, and keep it."""
+    borders_of(template)
+    cortex_of(template)
+    morph_of(template)
+    _nucleus_boxes(template)
+
+
 def displacement(template: Template, plan: AnatomyPlan, position_mm: torch.Tensor, brain: bool = False) -> torch.Tensor:
     """What to add to positions (3, D, H, W), mm from the template's centre, for ventricles and layers.
 

@@ -171,6 +171,34 @@ def grown_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+@torch.no_grad()
+def widened(weights: Mapping[str, torch.Tensor], network: SegmentationNetwork) -> dict[str, torch.Tensor]:
+    """Weights of a DynUNet for one of as many levels and more channels, ``network``, that computes the same at first.
+
+    The new channels start as those of ``network`` do, and nothing old reads them yet (Chen et al., ICLR 2016; there
+    the new ones are copies). Tensors that the network does not know, or that are wider than its own, stay as they are.
+    """
+    wide = dict(weights)
+    for name, fresh in weights_of(network).items():
+        old = weights.get(name)
+        if old is None or old.ndim != fresh.ndim or any(o > n for o, n in zip(old.shape, fresh.shape, strict=True)):
+            continue
+        new = fresh.detach().clone()
+        if old.ndim == 1:
+            new[: len(old)] = old
+        elif ".transp_conv." in name:  # (in, out, ...)
+            new[:, : old.shape[1]] = 0
+            new[: old.shape[0], : old.shape[1]] = old
+        else:  # (out, in, ...); behind a skip the inputs are two halves: from below, and from the encoder
+            halves = 2 if name.startswith("body.upsamples.") and ".conv_block.conv1." in name else 1
+            new[: old.shape[0]] = 0
+            for half, part in enumerate(old.chunk(halves, 1)):
+                start = half * (new.shape[1] // halves)
+                new[: old.shape[0], start : start + part.shape[1]] = part
+        wide[name] = new
+    return wide
+
+
 def same_classes(one: LabelTable, other: LabelTable) -> bool:
     """Whether the classes of both have the same ids and names, in the same order."""
     return [(label.id, label.name) for label in one.labels] == [(label.id, label.name) for label in other.labels]

@@ -24,6 +24,7 @@ from synthseg.networks.backbone import (
     space_to_depth,
     transfer,
     weights_of,
+    widened,
     with_classes,
 )
 from synthseg.networks.checkpoint import save_model
@@ -41,8 +42,8 @@ def check(config: TrainConfig, world: int = 1) -> None:
     SegmentationNetwork(config.network, len(load_scheme(config.scheme)))
     if config.grow and config.network.architecture != "dynunet":
         raise ConfigError(
-            f"grow: only a dynunet can have one finer level than the weights of init, got network.architecture "
-            f"{config.network.architecture}; leave out 'grow'"
+            f"grow: only a dynunet can have one finer level, or more channels, than the weights of init, got "
+            f"network.architecture {config.network.architecture}; leave out 'grow'"
         )
     check_loss_weights(config)
     unknown = sorted(
@@ -77,20 +78,27 @@ class Trainer(Run[TrainConfig, Batch]):
         return SegmentationNetwork(self.config.network, len(self.target))
 
     def stream(self, rank: int = 0, world: int = 1) -> SyntheticStream:
-        return SyntheticStream(self.config, self.templates, self.target, self.state.step, rank, world)
+        config, device = self.config, self.fabric.device
+        if device.type != "cuda" or config.render_on == "cpu":
+            device = torch.device("cpu")
+        return SyntheticStream(config, self.templates, self.target, self.state.step, rank, world, device)
 
     def start_from(self, weights: Tensors, record: dict[str, Any]) -> None:
         """Take over the weights that fit. Raises ConfigError if most of what knows no classes would start anew."""
         weights, source = as_segmentation_weights(weights, record)
         if source is not None:  # other classes need another last layer, whatever its shape
             weights = with_classes(weights, source, self.target)
-        _, fresh = transfer(self.plain, grown_names(weights) if self.config.grow else weights)
+        if self.config.grow:
+            levels = len(record["config"]["network"]["channels"])
+            deeper = levels < len(self.config.network.channels)
+            weights = grown_names(weights) if deeper else widened(weights, self.plain)
+        _, fresh = transfer(self.plain, weights)
         body = {k: v.numel() for k, v in weights_of(self.plain).items() if not k.startswith(CLASS_LAYERS)}
         lost = sum(body.get(name, 0) for name in fresh) / sum(body.values())
         if lost > 0.5:
             raise ConfigError(
                 f"init: of the weights of {self.config.init} only {1 - lost:.0%} fit the recipe's network; use its "
-                "architecture, channels and subpixel (and 'grow: true' for one finer level), or train without init"
+                "architecture, channels and subpixel ('grow: true' for one finer level or more channels), or no init"
             )
         self.say_start(self.share_of_new(fresh))
 
@@ -114,7 +122,7 @@ class Trainer(Run[TrainConfig, Batch]):
         batch = self.stream().batch(self.state.step)
         rows = len(batch.images)
         figure, axes = plt.subplots(rows, 6, figsize=(15, 2.7 * rows), squeeze=False)
-        for row, (image, target) in enumerate(zip(batch.images[:, 0], batch.targets, strict=True)):
+        for row, (image, target) in enumerate(zip(batch.images[:, 0].cpu(), batch.targets.cpu(), strict=True)):
             for axis in range(3):
                 middle = image.shape[axis] // 2
                 show = {"origin": "lower", "interpolation": "nearest"}
@@ -132,13 +140,14 @@ class Trainer(Run[TrainConfig, Batch]):
         """Loss of a batch, and the mean soft Dice of the classes present of each image (B,)."""
         config = self.config
         cells = self._draw_cells()
-        logits = self.network(batch.images.to(self.fabric.device), cells=cells)
-        targets = batch.targets.to(self.fabric.device)
+        device = self.fabric.device
+        logits = self.network(batch.images.to(device, non_blocking=True), cells=cells)
+        targets = batch.targets.to(device, non_blocking=True)
         if cells is not None:
             targets = space_to_depth(targets[:, None], config.network.subpixel)[:, cells]
-        loss, dices = torch.zeros((), device=self.fabric.device), []
+        loss, dices = torch.zeros((), device=device), []
         for single, target, groups in zip(logits, targets, batch.groups, strict=True):
-            dice, entropy, scores = dice_and_cross_entropy(single, target, groups.to(self.fabric.device))
+            dice, entropy, scores = dice_and_cross_entropy(single, target, groups)
             loss = loss + (config.dice_weight * dice + config.cross_entropy_weight * entropy) / len(logits)
             dices.append(scores[1:].nanmean())
         return loss, torch.stack(dices)

@@ -6,7 +6,11 @@ probability of a group is the sum over its classes (Fidon et al., MICCAI 2021: l
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+SUMS = 2048  # of each group on a GPU, then added up
 
 
 def group_log_probabilities(logits: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -14,8 +18,18 @@ def group_log_probabilities(logits: torch.Tensor, groups: torch.Tensor) -> torch
     log_p = torch.log_softmax(logits.float(), dim=0)
     if groups.shape[0] == groups.shape[1] and bool((groups == torch.eye(len(groups), device=groups.device)).all()):
         return log_p
-    rows = [torch.logsumexp(log_p[row], dim=0) for row in groups]  # keeps a gradient where a probability is tiny
+    members = [row.nonzero()[:, 0].to(log_p.device) for row in groups]
+    rows = [torch.logsumexp(log_p[some], dim=0) for some in members]  # keeps a gradient where a probability is tiny
     return torch.stack(rows)
+
+
+def _sum_by(index: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum of the values (N,) of each index (N,) below ``count``, (count,)."""
+    if values.device.type == "cpu":
+        return values.new_zeros(count).scatter_add(0, index, values)
+    rows = math.gcd(len(values), SUMS)  # many sums side by side: the threads of a GPU would queue for a few
+    sums = values.new_zeros(rows, count)
+    return sums.scatter_add(1, index.view(rows, -1), values.view(rows, -1)).sum(0)
 
 
 def dice_and_cross_entropy(
@@ -27,7 +41,7 @@ def dice_and_cross_entropy(
     ----------
     logits : (C, D, H, W), or any shape after the classes.
     target : group index of each voxel, integer, the shape of one class of ``logits``.
-    groups : bool (G, C), the classes that each group stands for.
+    groups : bool (G, C), the classes that each group stands for; best on the CPU, where reading it holds up nothing.
 
     Returns
     -------
@@ -37,26 +51,28 @@ def dice_and_cross_entropy(
     every Dice. One that overlaps another in part has no well-defined false positives. Both count in the cross-entropy
     alone.
     """
+    device, n_groups = logits.device, len(groups)
     log_p = group_log_probabilities(logits.flatten(1), groups)
     index = target.flatten().long()
     picked = log_p.gather(0, index[None])[0]
     cross_entropy = -picked.mean()
-    n_groups = len(groups)
-    counts = torch.bincount(index, minlength=n_groups).to(log_p.dtype)
-    overlap = torch.zeros(n_groups, dtype=log_p.dtype, device=log_p.device).scatter_add(0, index, picked.exp())
+    counts = _sum_by(index, torch.ones_like(picked), n_groups)
+    overlap = _sum_by(index, picked.exp(), n_groups)
     shared = groups.float() @ groups.float().T
     vague = ((shared == groups.sum(1)) & ~torch.eye(n_groups, dtype=torch.bool, device=groups.device)).any(1)
     if bool(vague.any()):
-        told = (~vague)[index].to(log_p.dtype)
+        told = (~vague).to(device)[index].to(log_p.dtype)
         predicted = log_p.exp() @ told
     else:
         predicted = log_p.exp().sum(1)
     dice = (2 * overlap + smooth) / (predicted + counts + smooth)
     alone = ~vague & (shared[:, ~vague].count_nonzero(1) == 1)
-    scored = alone & (counts > 0)
+    present = alone.to(device) & (counts > 0)
+    scored = present.clone()
     scored[0] = False
-    dice_loss = 1 - dice[scored].mean() if bool(scored.any()) else logits.sum() * 0.0
-    return dice_loss, cross_entropy, torch.where(alone & (counts > 0), dice.detach(), torch.nan)
+    found = scored.sum()
+    dice_loss = torch.where(found > 0, 1 - (dice * scored).sum() / found.clamp_min(1), 0.0)
+    return dice_loss, cross_entropy, torch.where(present, dice.detach(), torch.nan)
 
 
 def l1(result: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

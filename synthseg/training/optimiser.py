@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +12,52 @@ from torch import nn
 
 from synthseg.config import OptimiserConfig
 
+FALL = 0.4  # of the steps: in the last of them the rate of a trapezoid falls
 
-@torch.no_grad()
-def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Replace the singular values of a (rows, columns) matrix by about 1 (quintic Newton-Schulz iteration).
 
-    Every iterate is a polynomial of the Gram matrix times the input, so the iteration runs on the small Gram matrix
-    and touches the wide matrix twice instead of ten times.
+def _inverse_roots(gram: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """For Gram matrices (..., R, R) the factors that bring the singular values of what they are of near 1.
+
+    The quintic Newton-Schulz iteration of Muon. Every iterate is a polynomial of the Gram matrix times the input, so
+    it runs on the small Gram matrix and touches the wide matrix twice instead of ten times.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.float().mT if matrix.shape[0] > matrix.shape[1] else matrix.float()
-    gram = wide @ wide.mT
-    norm = gram.diagonal().sum().sqrt() + 1e-7
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt() + 1e-7
     gram = gram / norm**2
-    eye = torch.eye(len(gram), device=gram.device)
+    eye = torch.eye(gram.shape[-1], device=gram.device)
     total = eye / norm
     for _ in range(steps):
         factor = a * eye + b * gram + c * gram @ gram
         total = factor @ total
         gram = factor @ gram @ factor
-    out = total @ wide
-    return out.mT if matrix.shape[0] > matrix.shape[1] else out
+    return total
+
+
+def _wide(update: torch.Tensor) -> torch.Tensor:
+    """A kernel (out, in, ...) as the matrix (out, in * k**3), or its transpose if that has fewer rows."""
+    flat = update.flatten(1)
+    return flat.mT if flat.shape[0] > flat.shape[1] else flat
+
+
+@torch.no_grad()
+def orthogonalise(updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Replace the singular values of kernels (out, in, ...), as matrices (out, in * k**3), by about 1.
+
+    Kernels whose Gram matrices have one size go through the iteration together.
+    """
+    wide = [_wide(update).float() for update in updates]
+    grams = [matrix @ matrix.mT for matrix in wide]
+    alike: dict[int, list[int]] = defaultdict(list)
+    for number, gram in enumerate(grams):
+        alike[len(gram)].append(number)
+    result = list(updates)
+    for numbers in alike.values():
+        factors = _inverse_roots(torch.stack([grams[number] for number in numbers]))
+        for number, factor in zip(numbers, factors, strict=True):
+            flat = factor @ wide[number]
+            tall = wide[number].shape != updates[number].flatten(1).shape
+            result[number] = (flat.mT if tall else flat).reshape(updates[number].shape)
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,28 +74,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["muon"]:
-                    momentum = state.setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(momentum, group["momentum"])
-                    flat = update.flatten(1)
-                    direction = orthogonalise(flat).view_as(p)
-                    p.add_(direction, alpha=-group["lr"] * max(1.0, flat.shape[0] / flat.shape[1]) ** 0.5)
-                else:
-                    first = state.setdefault("first", torch.zeros_like(p))
-                    second = state.setdefault("second", torch.zeros_like(p))
-                    count = state.setdefault("count", torch.zeros(()))
-                    count += 1
-                    beta1, beta2 = group["betas"]
-                    first.lerp_(p.grad, 1 - beta1)
-                    second.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                    scale = math.sqrt(1 - beta2 ** float(count)) / (1 - beta1 ** float(count))
-                    p.addcdiv_(first, second.sqrt().add_(1e-8), value=-group["lr"] * scale)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                (self._muon if group["muon"] else self._adamw)(group, params, [p.grad for p in params])
+
+    def _kept(self, params: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+        return [self.state[p].setdefault(name, torch.zeros_like(p)) for p in params]
+
+    def _muon(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        momenta = self._kept(params, "momentum")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        directions = orthogonalise(torch._foreach_lerp(grads, momenta, group["momentum"]))
+        rates = [-group["lr"] * max(1.0, len(p) / p[0].numel()) ** 0.5 for p in params]
+        torch._foreach_mul_(directions, rates)
+        torch._foreach_add_(params, directions)
+
+    def _adamw(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        firsts, seconds = self._kept(params, "first"), self._kept(params, "second")
+        beta1, beta2 = group["betas"]
+        scales = []
+        for p in params:
+            count = self.state[p].setdefault("count", torch.zeros(()))
+            count += 1
+            scales.append(-group["lr"] * math.sqrt(1 - beta2 ** float(count)) / (1 - beta1 ** float(count)))
+        torch._foreach_lerp_(firsts, grads, 1 - beta1)
+        torch._foreach_mul_(seconds, beta2)
+        torch._foreach_addcmul_(seconds, grads, grads, 1 - beta2)
+        roots = torch._foreach_sqrt(seconds)
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_addcdiv_(params, firsts, roots, scales)
 
 
 def make_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
@@ -98,10 +132,15 @@ def make_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.O
 
 
 def learning_rate_factor(config: OptimiserConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to 1 % (Loshchilov and Hutter, ICLR 2017) or constant."""
+    """Linear warm-up, then cosine to 1 % (Loshchilov and Hutter, ICLR 2017), constant, or a trapezoid.
+
+    The trapezoid is constant, then linear to 1 % over the last ``FALL`` of the steps (Hägele et al., NeurIPS 2024).
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "trapezoid":
+        return min(1.0, 0.01 + 0.99 * max(0.0, 1 - step / steps) / FALL)
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

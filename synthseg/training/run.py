@@ -24,6 +24,7 @@ from torch import nn
 
 from synthseg import __version__
 from synthseg.config import FinetuneConfig, RunConfig, TrainConfig
+from synthseg.devices import device_name
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.anomalies import with_anomalies
 from synthseg.generator.contrast import check_named
@@ -265,6 +266,7 @@ class Run(ABC, Generic[C, B]):
             "validation_templates": [t.name for t in self.held_out],
             "parameters": sum(p.numel() for p in self.plain.parameters()),
             "devices": self.fabric.world_size,
+            "device": device_name(self.fabric.device),
             "steps": self.state.step,
             "train_seconds": round(self.state.seconds, 1),
             "earlier": self.state.earlier,
@@ -292,22 +294,21 @@ class Run(ABC, Generic[C, B]):
         for group in self.optimiser.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, figures = self.compute(batch)
-        value, mean = self._over_all(loss.detach(), figures)
-        if not np.isfinite(value):
-            self._stop_at(batch, f"the loss is {value}", not bool(loss.detach().isfinite()))
         self.fabric.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
+        value, mean = self._over_all(loss.detach(), figures)  # a GPU is waited for here, and nowhere before
+        if not np.isfinite(value):
+            self._stop_at(batch, f"the loss is {value}", not bool(loss.detach().isfinite()))
         if not bool(torch.isfinite(norm)):
             self._stop_at(batch, "the gradient is not finite")
         self._step_optimiser.step()
         self._step_optimiser.zero_grad(set_to_none=True)
         decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
-        weights = weights_of(self.plain)
-        for key, average in self.ema.items():
-            if average.is_floating_point():
-                average.lerp_(weights[key].detach(), 1 - decay)
-            else:
-                average.copy_(weights[key])
+        weights = {k: v.detach() for k, v in weights_of(self.plain).items()}
+        floating = [k for k, average in self.ema.items() if average.is_floating_point()]
+        torch._foreach_lerp_([self.ema[k] for k in floating], [weights[k] for k in floating], 1 - decay)
+        for key in self.ema.keys() - floating:
+            self.ema[key].copy_(weights[key])
         self.state.step += 1
         return value, mean
 

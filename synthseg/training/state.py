@@ -179,10 +179,12 @@ def _setting(record: dict[str, Any], key: str, missing: Any = None) -> Any:
 
 def history_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a model file says of the run that made it."""
-    generator = record.get("config", {}).get("generator", {})
+    config = record.get("config", {})
     return {
         "steps": record.get("steps", 0),
+        "batch_size": config.get("batch_size", 1),
         "train_seconds": record.get("train_seconds", 0.0),
-        "voxel_size_mm": generator.get("voxel_size_mm"),
+        "device": record.get("device", "CPU"),
+        "voxel_size_mm": config.get("generator", {}).get("voxel_size_mm"),
         "templates": record.get("templates", []),
     }

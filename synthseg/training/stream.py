@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from synthseg import rng
 from synthseg.config import RunConfig, TrainConfig
+from synthseg.generator import anatomy
 from synthseg.generator.plan import Plan, sample_plan
 from synthseg.generator.synthesis import render
 from synthseg.labels import LabelTable
@@ -28,6 +32,10 @@ class Batch:
     targets: torch.Tensor
     groups: list[torch.Tensor]
     plans: list[Plan]
+
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU can copy from while it computes."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,11 +57,15 @@ def group_table(source: LabelTable, target: LabelTable) -> tuple[torch.Tensor, t
 class Stream(IterableDataset[B], Generic[B]):
     """Batches first, first + 1, ... forever. Worker *w* of *n* makes every n-th batch, so their order is kept.
 
-    With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch.
+    With ``world`` devices, the one of this ``rank`` makes samples rank, rank + world, ... of each batch. Images are
+    rendered on ``device``.
     """
 
-    def __init__(self, config: RunConfig, first: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, first: int = 0, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
         self.config = config
+        self.device = torch.device(device)
         self.first = first
         self.rank = rank
         self.world = world
@@ -66,6 +78,9 @@ class Stream(IterableDataset[B], Generic[B]):
     def batch(self, number: int) -> B:
         """Batch ``number``: the same whenever and wherever it is made."""
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Compute once what every worker process would compute for itself."""
 
     def __iter__(self) -> Iterator[B]:
         worker = get_worker_info()
@@ -102,10 +117,16 @@ class SyntheticStream(Stream[Batch]):
         first: int = 0,
         rank: int = 0,
         world: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(config, first, rank, world)
+        super().__init__(config, first, rank, world, device)
         self.templates = templates
         self.tables = [group_table(t.table, target) for t in templates]
+
+    def prepare(self) -> None:
+        if self.config.generator.anatomy.probability > 0 and self.config.workers > 1:
+            with ThreadPoolExecutor(self.config.workers) as pool:
+                list(pool.map(anatomy.prepare, self.templates))
 
     def batch(self, number: int) -> Batch:
         config = self.config
@@ -115,18 +136,35 @@ class SyntheticStream(Stream[Batch]):
             template = self.templates[which]
             plans.append(sample_plan(config.generator, template.name, template.table, config.seed, index))
             chosen.append(which)
-        images, labels = render([self.templates[w] for w in chosen], plans)
-        targets = torch.stack([self.tables[w][0][lab.int()] for w, lab in zip(chosen, labels, strict=True)])
+        images, labels = render([self.templates[w] for w in chosen], plans, self.device)
+        tables = [self.tables[w][0].to(self.device) for w in chosen]
+        targets = torch.stack([table[lab.int()] for table, lab in zip(tables, labels, strict=True)])
+        if get_worker_info() is not None:  # between processes go tensors in main memory
+            images, targets = images.cpu(), targets.cpu()
         return Batch(images, targets, [self.tables[w][1] for w in chosen], plans)
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    worker = get_worker_info()
+    if worker is not None and isinstance(worker.dataset, Stream) and worker.dataset.device.type == "cuda":
+        atexit.register(os._exit, 0)  # past the destructors: one aborts, and the run would take that for a failure
 
 
 def loader(stream: Stream[B]) -> Iterator[B]:
     """Iterate over the stream, in this process or with worker processes."""
-    workers = stream.config.workers
+    workers, on_gpu = stream.config.workers, stream.device.type == "cuda"
     if workers == 0:
         return iter(stream)
-    return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2, worker_init_fn=_one_thread))
+    stream.prepare()
+    return iter(
+        DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2,
+            worker_init_fn=_begin_worker,
+            pin_memory=on_gpu,
+            multiprocessing_context="spawn" if on_gpu else None,  # a forked process cannot use CUDA
+        )
+    )

@@ -19,6 +19,7 @@ from synthseg.networks.backbone import (
     space_to_depth,
     transfer,
     weights_of,
+    widened,
     with_classes,
 )
 
@@ -122,6 +123,30 @@ def test_a_grown_network_keeps_the_old_one_inside() -> None:
     new = [*b.downsamples[1:], b.bottleneck, *b.upsamples[:-1]]
     for was, now in zip(old, new, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(was.parameters(), now.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("subpixel", [1, 2])
+def test_a_wider_network_computes_the_same_at_first_and_learns_with_all_it_has(subpixel: int) -> None:
+    small = make(subpixel=subpixel)
+    torch.manual_seed(1)
+    wide = SegmentationNetwork(NetworkConfig(channels=(12, 16, 40), subpixel=subpixel), n_classes=3)
+    weights = widened(weights_of(small), wide)
+    assert transfer(wide, weights)[1] == []
+    image = torch.rand(2, 1, 16, 24, 32)
+    torch.testing.assert_close(wide.eval()(image), small.eval()(image), rtol=1e-4, atol=1e-4)
+    wide(image).square().mean().backward()
+    last = dict(wide.named_parameters())["body.output_block.conv.conv.weight"]
+    assert last.grad is not None
+    assert (last.grad.flatten(1).norm(dim=0) > 0).all()  # the new channels too
+
+
+def test_a_narrower_network_is_not_widened() -> None:
+    narrow = SegmentationNetwork(NetworkConfig(channels=(8, 12, 32)), n_classes=3)
+    small = weights_of(make())
+    weights = widened(small, narrow)
+    name = "body.downsamples.0.conv1.conv.weight"
+    assert torch.equal(weights[name], small[name])
+    assert name in transfer(narrow, weights)[1]
 
 
 @pytest.mark.parametrize("architecture", ["dynunet", "segresnet", "unet"])

@@ -19,6 +19,7 @@ from synthseg.labels import load_scheme
 from synthseg.networks.backbone import weights_of
 from synthseg.networks.checkpoint import load_model, read_tensors
 from synthseg.training.loop import Trainer, check
+from synthseg.training.stream import loader
 from synthseg.training.validation import mean_dice, validation_table
 
 MakeConfig = Callable[..., TrainConfig]
@@ -412,6 +413,19 @@ def test_starting_from_another_model(make_config: MakeConfig, tmp_path: Path) ->
     expected = dict(load_model(first).network.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in second.plain.named_parameters())
     assert all(torch.equal(second.ema[name], p) for name, p in second.plain.named_parameters())
+
+
+def test_a_wider_network_starts_as_the_one_it_grew_from(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    first = load_model(Trainer(config, tmp_path / "a").run())
+    wider = [width + 4 for width in config.network.channels]
+    grown = make_config(init=str(tmp_path / "a" / "last.safetensors"), grow=True, seed=5, network__channels=wider)
+    second = Trainer(grown, tmp_path / "b")
+    assert second.start.startswith("100% of the weights")
+    batch = next(loader(second.stream()))
+    torch.testing.assert_close(second.plain.eval()(batch.images), first.network(batch.images), rtol=1e-3, atol=1e-3)
+    path = second.run(until=1)
+    assert load_model(path).record["config"]["network"]["channels"] == wider
 
 
 def test_templates_of_other_voxel_size_and_shape_train_together(

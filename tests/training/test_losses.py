@@ -47,10 +47,11 @@ def example(groups: torch.Tensor, seed: int = 0, absent: int | None = None) -> t
 
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("absent", [None, 1, 2])
-def test_values_equal_the_reference(name: str, absent: int | None) -> None:
+def test_values_equal_the_reference(name: str, absent: int | None, device: torch.device) -> None:
     groups = GROUPS[name]
     logits, target = example(groups, absent=absent)
-    dice, entropy, scores = dice_and_cross_entropy(logits, target, groups)
+    found = dice_and_cross_entropy(logits.to(device), target.to(device), groups)
+    dice, entropy, scores = (tensor.cpu() for tensor in found)
     expected = reference(logits.numpy(), target.numpy(), groups.numpy())
     assert float(dice) == pytest.approx(expected[0], abs=1e-5)
     assert float(entropy) == pytest.approx(expected[1], rel=1e-5)

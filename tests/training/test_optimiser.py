@@ -24,7 +24,7 @@ def newton_schulz(matrix: np.ndarray, steps: int = 5) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(8, 8), (16, 54), (54, 16), (1, 27), (27, 1), (32, 864)])
 def test_singular_values_become_one(shape: tuple[int, int]) -> None:
     matrix = 1e-3 * torch.randn(shape, generator=torch.manual_seed(0))
-    out = orthogonalise(matrix)
+    out = orthogonalise([matrix])[0]
     assert out.shape == shape
     np.testing.assert_allclose(out, newton_schulz(matrix.double().numpy()), atol=2e-3)
     values = np.linalg.svd(out.numpy(), compute_uv=False)
@@ -38,12 +38,12 @@ def test_singular_values_become_one(shape: tuple[int, int]) -> None:
 def test_scale_does_not_matter(scale: float) -> None:
     matrix = torch.randn((6, 20), generator=torch.manual_seed(1))
     if scale > 1e-7:
-        torch.testing.assert_close(orthogonalise(scale * matrix), orthogonalise(matrix), rtol=1e-2, atol=2e-3)
-    assert torch.isfinite(orthogonalise(scale * matrix)).all()
+        torch.testing.assert_close(orthogonalise([scale * matrix]), orthogonalise([matrix]), rtol=1e-2, atol=2e-3)
+    assert torch.isfinite(orthogonalise([scale * matrix])[0]).all()
 
 
 def test_no_gradient_no_direction() -> None:
-    assert (orthogonalise(torch.zeros(3, 5)) == 0).all()
+    assert (orthogonalise([torch.zeros(3, 5)])[0] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -113,3 +113,40 @@ def test_schedule_by_hand() -> None:
     constant = OptimiserConfig(warmup_steps=2, schedule="constant")
     assert [learning_rate_factor(constant, step, 10) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
     assert learning_rate_factor(OptimiserConfig(warmup_steps=0), 0, 10) == 1.0
+
+
+def test_trapezoid_by_hand() -> None:
+    config = OptimiserConfig(warmup_steps=10, schedule="trapezoid")
+    factors = [learning_rate_factor(config, step, 100) for step in range(101)]
+    assert factors[10:61] == [1.0] * 51
+    assert factors[80] == pytest.approx(0.505)  # halfway down from 1 to 0.01
+    assert factors[100] == pytest.approx(0.01)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_kernels_that_go_through_the_iteration_together_are_as_alone() -> None:
+    source = torch.manual_seed(3)
+    shapes = [(8, 4, 3, 3, 3), (8, 16, 3, 3, 3), (4, 8, 2, 2, 2), (64, 8, 1, 1, 1), (8, 4, 3, 3, 3), (5, 3)]
+    updates = [torch.randn(shape, generator=source) for shape in shapes]
+    for together, update in zip(orthogonalise(updates), updates, strict=True):
+        assert together.shape == update.shape
+        torch.testing.assert_close(together, orthogonalise([update])[0], rtol=1e-4, atol=1e-5)
+        matrix = update.flatten(1).double().numpy()
+        np.testing.assert_allclose(together.flatten(1), newton_schulz(matrix), atol=2e-3)
+
+
+def test_a_step_of_muon_by_hand() -> None:
+    """Nesterov momentum, decoupled decay, and a rate that grows with the shape of a tall kernel."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 12, bias=False)
+    before = layer.weight.detach().clone()
+    optimiser = make_optimiser(
+        layer, OptimiserConfig(name="muon", muon_learning_rate=0.1, weight_decay=0.5, learning_rate=1.0)
+    )
+    gradient = torch.randn(12, 3)
+    layer.weight.grad = gradient.clone()
+    optimiser.step()
+    momentum = 0.05 * gradient
+    direction = newton_schulz(torch.lerp(gradient, momentum, 0.95).double().numpy())
+    expected = before.numpy() * (1 - 0.1 * 0.5) - 0.1 * 2.0 * direction
+    np.testing.assert_allclose(layer.weight.detach(), expected, atol=1e-3)

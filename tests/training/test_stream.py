@@ -42,6 +42,33 @@ def test_workers_do_not_matter(make: Any) -> None:
     assert not same(alone[0], alone[1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_rendered_on_the_gpu(make: Any, workers: int) -> None:
+    stream = make(workers=workers)
+    expected = list(islice(loader(make()), 2))
+    stream.device = torch.device("cuda")
+    for batch, same_plans in zip(islice(loader(stream), 2), expected, strict=True):
+        assert batch.plans == same_plans.plans
+        assert batch.images.is_pinned() if workers else batch.images.is_cuda
+        assert (batch.targets.cpu() == same_plans.targets).float().mean() > 0.999
+        assert (batch.images.cpu() - same_plans.images).abs().mean() < 1e-3
+
+
+def test_what_all_workers_need_is_computed_before_they_start(make: Any) -> None:
+    changing = {"shape": [8, 10, 9], "voxel_size_mm": 4.0, "subsamples": 1, "anatomy": {"probability": 1.0}}
+    stream = make(workers=2, generator=changing)
+    for template in stream.templates:
+        template.cache.clear()
+    alone = next(loader(make(generator=changing)))
+    for template in stream.templates:
+        template.cache.clear()
+    batch = next(loader(stream))
+    assert all({"borders", "cortex", "morph", "nuclei"} <= template.cache.keys() for template in stream.templates)
+    assert same(batch, alone)
+
+
 def test_a_later_start_is_a_skip(make: Any) -> None:
     whole = list(islice(loader(make()), 5))
     tail = list(islice(loader(make(first=3)), 2))
