@@ -50,8 +50,9 @@ def averaged(files: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     return {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in mean.items()}, records[0]
 
 
-def validated(model: Model, templates: list[Template]) -> dict[str, dict[str, float]]:
-    config = parse(TrainConfig, model.record["config"], "checkpoint")
+def validated(model: Model, templates: list[Template], record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """On images that the recipe of this record makes."""
+    config = parse(TrainConfig, record["config"], "checkpoint")
     return validation_table(model.network, config, templates, model.labels, CONTRASTS)
 
 
@@ -72,13 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
     trial = options.out.with_name(f".trial_{options.out.name}")
     try:
         save_tensors(trial, tensors, record)
-        table = validated(load_model(trial), held_out)
+        table = validated(load_model(trial), held_out, record)
     finally:
         trial.unlink(missing_ok=True)
     mean = mean_dice(table)
     print(f"mean Dice {mean:.4f}")
     if options.replace:
-        before = mean_dice(validated(load_model(options.replace), held_out))
+        before = mean_dice(validated(load_model(options.replace), held_out, record))
         print(f"{options.replace}: {before:.4f}")
         if mean <= before:
             sys.exit(f"not better than {options.replace}; nothing was written")

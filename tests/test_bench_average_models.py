@@ -59,6 +59,20 @@ def test_what_is_not_better_replaces_nothing(files: list[Path], template_folders
     assert sorted(path.name for path in out.parent.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
+def test_both_see_the_same_images_whatever_recipe_made_the_old_one(
+    files: list[Path], template_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, record = read_tensors(files[0])
+    generator = {**record["config"]["generator"], "shape": [24, 16, 16]}
+    other = files[0].with_name("other.safetensors")
+    average_models.save_tensors(other, tensors, {**record, "config": {**record["config"], "generator": generator}})
+    held_out = ["--held-out", str(template_folders["head"]), "--threads", "1"]
+    with pytest.raises(SystemExit, match="nothing was written"):
+        average_models.main([str(files[0]), *held_out, "--out", f"{other}.new", "--replace", str(other)])
+    told = capsys.readouterr().out.split()
+    assert told[2] == told[-1]
+
+
 def test_a_map_that_was_trained_on_validates_nothing(files: list[Path], template_folders: dict[str, Path]) -> None:
     tensors, record = read_tensors(files[0])
     name = average_models.load_template(template_folders["head"]).name
