@@ -100,7 +100,7 @@ A network at 2 mm (a) learns faster at first, and has a ceiling: the true labels
 at 2 mm, come back at 1 mm with a Dice of {limit["mean"]:.3f} ({shown}; `--limit`). The networks that ship therefore
 give labels at 1 mm for about the cost of 2 mm (c), and were grown from a network at 2 mm (b and c), as all others at
 1 mm cost more or learn more slowly. They were begun before this table was complete. What learns faster than c in it:
-{", ".join(higher) or "nothing"}. Of these their last runs have {" and ".join(tried) or "nothing"}.
+{", ".join(higher) or "nothing"}. The last run that made these weights has {" and ".join(tried) or "none of it"}.
 """
 
 

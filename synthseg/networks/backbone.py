@@ -181,7 +181,12 @@ def widened(weights: Mapping[str, torch.Tensor], network: SegmentationNetwork) -
     wide = dict(weights)
     for name, fresh in weights_of(network).items():
         old = weights.get(name)
-        if old is None or old.ndim != fresh.ndim or any(o > n for o, n in zip(old.shape, fresh.shape, strict=True)):
+        if (
+            old is None
+            or old.ndim == 0
+            or old.ndim != fresh.ndim
+            or any(o > n for o, n in zip(old.shape, fresh.shape, strict=True))
+        ):
             continue
         new = fresh.detach().clone()
         if old.ndim == 1:

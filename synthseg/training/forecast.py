@@ -47,6 +47,7 @@ class Pace:
     render_bytes : how much of it came with drawing the first batch: about what each worker adds.
     device_bytes : the most that was allocated on a CUDA device.
     scans_s : seconds to segment and score all real scans once, from the time of the first and their sizes.
+    one_device : images are drawn on the GPU that trains.
     """
 
     render_s: float
@@ -56,9 +57,12 @@ class Pace:
     render_bytes: int
     device_bytes: int | None
     scans_s: float = 0.0
+    one_device: bool = False
 
     def step_s(self, workers: int) -> float:
-        """Seconds a step; workers draw while the network computes."""
+        """Seconds a step; workers draw while the network computes, unless they take turns with it on one GPU."""
+        if self.one_device:
+            return self.network_s + self.render_s
         return max(self.network_s, self.render_s / workers) if workers else self.network_s + self.render_s
 
     def seconds_to_finish(self, config: RunConfig, steps_done: int, held_out: int) -> float:
@@ -196,6 +200,7 @@ def measure(trainer: Run[Any, Any], most_steps: int = MOST_STEPS, patience_s: fl
         max(0, render_bytes),
         device_bytes,
         scans_s,
+        stream.device.type == "cuda",
     )
 
 

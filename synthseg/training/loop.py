@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from synthseg.config import TrainConfig
+from synthseg.config import NetworkConfig, TrainConfig, parse
 from synthseg.errors import ConfigError
 from synthseg.generator.contrast import named_contrasts
 from synthseg.labels import load_scheme
@@ -59,6 +59,22 @@ def check(config: TrainConfig, world: int = 1) -> None:
         )
 
 
+def check_wider(old: NetworkConfig, new: NetworkConfig) -> None:
+    """Refuse to grow a network into one of as many levels that is not wider, or that differs in anything else."""
+    told = f"init has channels {list(old.channels)} and subpixel {old.subpixel}, the recipe {list(new.channels)} and "
+    told += f"{new.subpixel}"
+    if len(old.channels) != len(new.channels) or any(o > n for o, n in zip(old.channels, new.channels, strict=True)):
+        raise ConfigError(f"grow: {told}; give one finer level, or as many levels of as many channels or more")
+    if old.channels == new.channels:
+        raise ConfigError(f"grow: {told}, no finer level and no wider one; leave out 'grow'")
+    same = {"architecture", "norm", "residual", "subpixel"}
+    if old.model_dump(include=same) != new.model_dump(include=same) or new.residual:
+        raise ConfigError(
+            f"grow: only channels may change where a network becomes wider, and residual blocks cannot; {told}, "
+            f"norm {old.norm} and {new.norm}, residual {old.residual} and {new.residual}"
+        )
+
+
 class Trainer(Run[TrainConfig, Batch]):
     """One run. ``Trainer(config, folder).run()`` trains to the recipe's last step and returns the best model's path."""
 
@@ -88,19 +104,25 @@ class Trainer(Run[TrainConfig, Batch]):
         weights, source = as_segmentation_weights(weights, record)
         if source is not None:  # other classes need another last layer, whatever its shape
             weights = with_classes(weights, source, self.target)
+        known = fitted = weights
         if self.config.grow:
-            levels = len(record["config"]["network"]["channels"])
-            deeper = levels < len(self.config.network.channels)
-            weights = grown_names(weights) if deeper else widened(weights, self.plain)
-        _, fresh = transfer(self.plain, weights)
-        body = {k: v.numel() for k, v in weights_of(self.plain).items() if not k.startswith(CLASS_LAYERS)}
+            old = parse(NetworkConfig, record["config"]["network"], f"init: {self.config.init}")
+            if len(old.channels) < len(self.config.network.channels):
+                known = fitted = grown_names(weights)
+            else:
+                check_wider(old, self.config.network)
+                fitted = widened(weights, self.plain)
+        _, fresh = transfer(self.plain, fitted)
+        own = weights_of(self.plain)
+        body = {name: tensor.numel() for name, tensor in own.items() if not name.startswith(CLASS_LAYERS)}
         lost = sum(body.get(name, 0) for name in fresh) / sum(body.values())
         if lost > 0.5:
             raise ConfigError(
                 f"init: of the weights of {self.config.init} only {1 - lost:.0%} fit the recipe's network; use its "
                 "architecture, channels and subpixel ('grow: true' for one finer level or more channels), or no init"
             )
-        self.say_start(self.share_of_new(fresh))
+        taken = {name: known[name].numel() for name in own.keys() - fresh}  # of a widened tensor the rest is new
+        self.say_start(1 - sum(taken.values()) / sum(tensor.numel() for tensor in own.values()))
 
     def save_model(self, name: str) -> Path:
         """Write the averaged weights as a model for inference."""
@@ -156,7 +178,7 @@ class Trainer(Run[TrainConfig, Batch]):
         """Which voxels of the subpixel blocks this step scores, (K,), or None for all."""
         config = self.config
         cells = drawn_cells(config.seed, self.state.step, config.network.subpixel, config.scored_cells)
-        return None if cells is None else cells.to(self.fabric.device)
+        return None if cells is None else cells.to(self.fabric.device, non_blocking=True)
 
     def validate(self) -> float:
         """Mean hard Dice of the averaged weights; kept in the manifest with that of each contrast, scan and class.

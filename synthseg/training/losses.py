@@ -18,7 +18,7 @@ def group_log_probabilities(logits: torch.Tensor, groups: torch.Tensor) -> torch
     log_p = torch.log_softmax(logits.float(), dim=0)
     if groups.shape[0] == groups.shape[1] and bool((groups == torch.eye(len(groups), device=groups.device)).all()):
         return log_p
-    members = [row.nonzero()[:, 0].to(log_p.device) for row in groups]
+    members = [row.nonzero()[:, 0].to(log_p.device, non_blocking=True) for row in groups]
     rows = [torch.logsumexp(log_p[some], dim=0) for some in members]  # keeps a gradient where a probability is tiny
     return torch.stack(rows)
 
@@ -56,18 +56,21 @@ def dice_and_cross_entropy(
     index = target.flatten().long()
     picked = log_p.gather(0, index[None])[0]
     cross_entropy = -picked.mean()
-    counts = _sum_by(index, torch.ones_like(picked), n_groups)
+    if device.type == "cpu":
+        counts = torch.bincount(index, minlength=n_groups).to(log_p.dtype)
+    else:  # bincount would wait for the GPU
+        counts = _sum_by(index, torch.ones_like(picked), n_groups)
     overlap = _sum_by(index, picked.exp(), n_groups)
     shared = groups.float() @ groups.float().T
     vague = ((shared == groups.sum(1)) & ~torch.eye(n_groups, dtype=torch.bool, device=groups.device)).any(1)
     if bool(vague.any()):
-        told = (~vague).to(device)[index].to(log_p.dtype)
+        told = (~vague).to(device, non_blocking=True)[index].to(log_p.dtype)
         predicted = log_p.exp() @ told
     else:
         predicted = log_p.exp().sum(1)
     dice = (2 * overlap + smooth) / (predicted + counts + smooth)
     alone = ~vague & (shared[:, ~vague].count_nonzero(1) == 1)
-    present = alone.to(device) & (counts > 0)
+    present = alone.to(device, non_blocking=True) & (counts > 0)
     scored = present.clone()
     scored[0] = False
     found = scored.sum()

@@ -95,8 +95,8 @@ class Muon(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         scales = []
         for p in params:
-            count = self.state[p].setdefault("count", torch.zeros(()))
-            count += 1
+            # on the CPU, also after a resume has brought it to the device of the weight: reading it waits for nothing
+            count = self.state[p]["count"] = self.state[p].get("count", torch.zeros(())).cpu() + 1
             scales.append(-group["lr"] * math.sqrt(1 - beta2 ** float(count)) / (1 - beta1 ** float(count)))
         torch._foreach_lerp_(firsts, grads, 1 - beta1)
         torch._foreach_mul_(seconds, beta2)

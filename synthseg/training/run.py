@@ -296,7 +296,7 @@ class Run(ABC, Generic[C, B]):
         loss, figures = self.compute(batch)
         self.fabric.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.plain.parameters(), config.optimiser.gradient_clip)
-        value, mean = self._over_all(loss.detach(), figures)  # a GPU is waited for here, and nowhere before
+        value, mean = self._over_all(loss.detach(), figures)  # here a GPU is waited for
         if not np.isfinite(value):
             self._stop_at(batch, f"the loss is {value}", not bool(loss.detach().isfinite()))
         if not bool(torch.isfinite(norm)):
@@ -306,7 +306,8 @@ class Run(ABC, Generic[C, B]):
         decay = min(config.optimiser.ema_decay, (1 + self.state.step) / (10 + self.state.step))
         weights = {k: v.detach() for k, v in weights_of(self.plain).items()}
         floating = [k for k, average in self.ema.items() if average.is_floating_point()]
-        torch._foreach_lerp_([self.ema[k] for k in floating], [weights[k] for k in floating], 1 - decay)
+        if floating:  # the first process alone keeps the average
+            torch._foreach_lerp_([self.ema[k] for k in floating], [weights[k] for k in floating], 1 - decay)
         for key in self.ema.keys() - floating:
             self.ema[key].copy_(weights[key])
         self.state.step += 1

@@ -184,7 +184,7 @@ def history_of(record: dict[str, Any]) -> dict[str, Any]:
         "steps": record.get("steps", 0),
         "batch_size": config.get("batch_size", 1),
         "train_seconds": record.get("train_seconds", 0.0),
-        "device": record.get("device", "CPU"),
+        **({"device": record["device"]} if "device" in record else {}),
         "voxel_size_mm": config.get("generator", {}).get("voxel_size_mm"),
         "templates": record.get("templates", []),
     }

@@ -125,11 +125,12 @@ def test_a_grown_network_keeps_the_old_one_inside() -> None:
         assert all(torch.equal(p, q) for p, q in zip(was.parameters(), now.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("subpixel", [1, 2])
-def test_a_wider_network_computes_the_same_at_first_and_learns_with_all_it_has(subpixel: int) -> None:
-    small = make(subpixel=subpixel)
+@pytest.mark.parametrize(("subpixel", "norm"), [(1, "instance"), (2, "instance"), (2, "batch")])
+def test_a_wider_network_computes_the_same_at_first_and_learns_with_all_it_has(subpixel: Any, norm: Any) -> None:
+    small = make(subpixel=subpixel, norm=norm)
+    small(torch.rand(2, 1, 16, 24, 32))  # batch norm has seen something
     torch.manual_seed(1)
-    wide = SegmentationNetwork(NetworkConfig(channels=(12, 16, 40), subpixel=subpixel), n_classes=3)
+    wide = SegmentationNetwork(NetworkConfig(channels=(12, 16, 40), subpixel=subpixel, norm=norm), n_classes=3)
     weights = widened(weights_of(small), wide)
     assert transfer(wide, weights)[1] == []
     image = torch.rand(2, 1, 16, 24, 32)

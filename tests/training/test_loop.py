@@ -1,6 +1,7 @@
 """The training loop: golden losses, resuming bit by bit, and what it refuses before it writes."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from synthseg.config import TrainConfig
+from synthseg.config import NetworkConfig, TrainConfig
 from synthseg.errors import CheckpointError, ConfigError, TrainingError
 from synthseg.generator.plan import Plan
 from synthseg.labels import load_scheme
 from synthseg.networks.backbone import weights_of
 from synthseg.networks.checkpoint import load_model, read_tensors
-from synthseg.training.loop import Trainer, check
+from synthseg.training.loop import Trainer, check, check_wider
 from synthseg.training.stream import loader
 from synthseg.training.validation import mean_dice, validation_table
 
@@ -421,11 +422,44 @@ def test_a_wider_network_starts_as_the_one_it_grew_from(make_config: MakeConfig,
     wider = [width + 4 for width in config.network.channels]
     grown = make_config(init=str(tmp_path / "a" / "last.safetensors"), grow=True, seed=5, network__channels=wider)
     second = Trainer(grown, tmp_path / "b")
-    assert second.start.startswith("100% of the weights")
+    share = int(re.match(r"(\d+)% of the weights", second.start)[1])  # type: ignore[index]
+    assert share == 100 * sum(p.numel() for p in first.network.parameters()) // second.manifest()["parameters"]
     batch = next(loader(second.stream()))
     torch.testing.assert_close(second.plain.eval()(batch.images), first.network(batch.images), rtol=1e-3, atol=1e-3)
     path = second.run(until=1)
     assert load_model(path).record["config"]["network"]["channels"] == wider
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": [4, 12, 16]}, "one finer level, or as many levels"),
+        ({"channels": [12, 12, 12]}, "only channels may change .* residual False and True"),
+        ({}, "no finer level and no wider one; leave out 'grow'"),
+    ],
+)
+def test_what_a_network_cannot_grow_into_is_refused(
+    change: dict[str, Any], message: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=1, network__channels=[8, 8, 8], network__subpixel=1)
+    first = Trainer(config, tmp_path / "a").run()
+    changes = {f"network__{key}": value for key, value in change.items()}
+    if "residual" in message:
+        changes["network__residual"] = True
+    with pytest.raises(ConfigError, match=message):
+        Trainer(
+            make_config(
+                init=str(first), grow=True, **{"network__channels": [8, 8, 8], "network__subpixel": 1} | changes
+            ),
+            tmp_path / "b",
+        )
+
+
+def test_a_network_does_not_grow_into_one_of_fewer_levels() -> None:
+    with pytest.raises(ConfigError, match="one finer level, or as many levels"):
+        check_wider(NetworkConfig(channels=(8, 12, 16, 20)), NetworkConfig(channels=(12, 16, 20)))
+    with pytest.raises(ConfigError, match=r"only channels may change .* subpixel 1, the recipe .* and 2"):
+        check_wider(NetworkConfig(channels=(8, 12, 16), subpixel=1), NetworkConfig(channels=(12, 16, 20)))
 
 
 def test_templates_of_other_voxel_size_and_shape_train_together(
