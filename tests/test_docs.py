@@ -1,9 +1,9 @@
 """The documentation agrees with the program: its reference, links, commands, options and examples."""
 
-import importlib.util
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -71,16 +71,7 @@ def options_of(command: typer.core.TyperCommand) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts if name.startswith("-")} | {"--help"}
 
 
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_reference_of_keys_is_up_to_date() -> None:
+def test_the_reference_of_keys_is_up_to_date(load_script: Callable[[Path], ModuleType]) -> None:
     script = load_script(ROOT / "docs" / "make_reference.py")
     assert script.FILE.read_text(encoding="utf-8") == script.reference(), "run python docs/make_reference.py"
 

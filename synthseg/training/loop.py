@@ -113,16 +113,14 @@ class Trainer(Run[TrainConfig, Batch]):
                 check_wider(old, self.config.network)
                 fitted = widened(weights, self.plain)
         _, fresh = transfer(self.plain, fitted)
-        own = weights_of(self.plain)
-        body = {name: tensor.numel() for name, tensor in own.items() if not name.startswith(CLASS_LAYERS)}
+        body = {k: v.numel() for k, v in weights_of(self.plain).items() if not k.startswith(CLASS_LAYERS)}
         lost = sum(body.get(name, 0) for name in fresh) / sum(body.values())
         if lost > 0.5:
             raise ConfigError(
                 f"init: of the weights of {self.config.init} only {1 - lost:.0%} fit the recipe's network; use its "
                 "architecture, channels and subpixel ('grow: true' for one finer level or more channels), or no init"
             )
-        taken = {name: known[name].numel() for name in own.keys() - fresh}  # of a widened tensor the rest is new
-        self.say_start(1 - sum(taken.values()) / sum(tensor.numel() for tensor in own.values()))
+        self.say_start(self.share_of_new(fresh, known))
 
     def save_model(self, name: str) -> Path:
         """Write the averaged weights as a model for inference."""

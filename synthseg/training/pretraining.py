@@ -118,7 +118,7 @@ class Pretrainer(Run[PretrainConfig, ViewBatch]):
         if labels is None or not same_classes(LabelTable.from_dict(labels), self.target):
             given = {name: tensor for name, tensor in given.items() if not name.startswith(f"heads.{SEGMENTATION}.")}
         _, fresh = transfer(self.plain.features, given)
-        new = self.share_of_new(fresh, self.plain.features)
+        new = self.share_of_new(fresh, given, self.plain.features)
         if new > 0.5:
             raise ConfigError(
                 f"init: of the weights of {self.config.init} only {1 - new:.0%} fit the recipe's network; use its "

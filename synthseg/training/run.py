@@ -202,10 +202,14 @@ class Run(ABC, Generic[C, B]):
                 f"validation_templates: {self.config.init} was trained on {sorted(seen)}; hold out others"
             )
 
-    def share_of_new(self, fresh: list[str], network: nn.Module | None = None) -> float:
-        """The share of the weights of a network (default ``plain``) that these names hold: those that start anew."""
+    def share_of_new(self, fresh: list[str], weights: Tensors, network: nn.Module | None = None) -> float:
+        """The share of a network (default ``plain``) that does not come from ``weights``.
+
+        That is the tensors of these names, which start anew, and what the others have more than those of ``weights``.
+        """
         own = weights_of(network or self.plain)
-        return sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
+        total = sum(tensor.numel() for tensor in own.values())
+        return (total - sum(weights[name].numel() for name in own.keys() - fresh)) / total
 
     def say_start(self, new: float) -> None:
         """Say in ``start`` how much was taken over; 100 % is said of nothing less."""
